@@ -1,0 +1,98 @@
+"""What is to be done, in the imperative: the only output of the policy engine.
+
+Every decision is journaled before its effect starts and is idempotent: carried out twice it does no more than once.
+`incident` is the id of its cause.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from trainer.contract.commands import Command
+from trainer.contract.plan import ResumePlan
+
+
+class _Decision(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    incident: int | None = None
+
+
+class StartAttempt(_Decision):
+    """Claim `plan.epoch`, write the plan file and spawn the attempt, not before `not_before_s` (unix time)."""
+
+    kind: Literal["start_attempt"] = "start_attempt"
+    plan: ResumePlan
+    not_before_s: float = 0.0
+
+
+class StopAttempt(_Decision):
+    """Bring the attempt to its end. `how`: save and leave, leave without saving, or kill at once (dump stacks first)."""
+
+    kind: Literal["stop_attempt"] = "stop_attempt"
+    attempt: int
+    how: Literal["save", "leave", "kill"]
+    because: str
+
+
+class SendCommand(_Decision):
+    """Put a command into the attempt's mailbox."""
+
+    kind: Literal["send_command"] = "send_command"
+    attempt: int
+    command: Command
+
+
+class WriteVerdict(_Decision):
+    """Write a create-only fact about a commit to the store."""
+
+    kind: Literal["write_verdict"] = "write_verdict"
+    commit: str
+    verdict: Literal["good", "bad"]
+    why: str
+
+
+class PruneCheckpoints(_Decision):
+    """Delete these commits from the store, manifest first."""
+
+    kind: Literal["prune_checkpoints"] = "prune_checkpoints"
+    commits: tuple[str, ...]
+
+
+class Notify(_Decision):
+    """Tell people: info is written down, warning is shown, page wakes somebody."""
+
+    kind: Literal["notify"] = "notify"
+    level: Literal["info", "warning", "page"]
+    title: str
+    text: str
+
+
+class CaptureEvidence(_Decision):
+    """Keep the black box (last records, stacks) for the incident."""
+
+    kind: Literal["capture_evidence"] = "capture_evidence"
+    attempt: int
+
+
+class EndRun(_Decision):
+    """The supervisor leaves with this state and exit code."""
+
+    kind: Literal["end_run"] = "end_run"
+    state: Literal["finished", "halted", "stopped", "preempted", "failed", "budget_used_up"]
+    exit_code: int
+    because: str
+
+
+Decision = Annotated[
+    StartAttempt
+    | StopAttempt
+    | SendCommand
+    | WriteVerdict
+    | PruneCheckpoints
+    | Notify
+    | CaptureEvidence
+    | EndRun,
+    Field(discriminator="kind"),
+]
+DECISIONS: TypeAdapter[Decision] = TypeAdapter(Decision)

@@ -1,0 +1,118 @@
+"""What happened, in the past tense: the only input of the policy engine. Every event is journaled before it is folded.
+
+`at_s` is unix time and is made monotonic by the engine; no decision about order rests on it.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from monitors.records import Record
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    at_s: float
+
+
+class RunOpened(_Event):
+    """A supervisor took the run: first launch, or again after its own end. `adopted` names a living attempt."""
+
+    kind: Literal["run_opened"] = "run_opened"
+    run_id: str
+    config_digest: str
+    policy_digest: str
+    code_version: str
+    adopted: int | None = None
+    fresh: bool = False
+
+
+class RecordReceived(_Event):
+    """A record of an attempt, in the order of its `seq`, each exactly once."""
+
+    kind: Literal["record_received"] = "record_received"
+    record: Record
+
+
+class AttemptSpawned(_Event):
+    """The process exists and may run."""
+
+    kind: Literal["attempt_spawned"] = "attempt_spawned"
+    attempt: int
+    pid: int
+
+
+class AttemptExited(_Event):
+    """The process is verified dead. `cause` is a row of the table in `orchestrator.process.causes`."""
+
+    kind: Literal["attempt_exited"] = "attempt_exited"
+    attempt: int
+    cause: str
+    code: int | None = None
+    signum: int | None = None
+    detail: str = ""
+    frames: tuple[str, ...] = ()
+
+
+class HangSuspected(_Event):
+    """A phase has passed its deadline once: evidence is captured, nothing is killed yet."""
+
+    kind: Literal["hang_suspected"] = "hang_suspected"
+    attempt: int
+    phase: str
+    step: int
+    silent_s: float
+
+
+class HangConfirmed(_Event):
+    """A phase has passed twice its deadline and no second witness speaks for it."""
+
+    kind: Literal["hang_confirmed"] = "hang_confirmed"
+    attempt: int
+    phase: str
+    step: int
+    silent_s: float
+
+
+class StopRequested(_Event):
+    """Somebody wants the run to stop: the operator, or the machine (SIGTERM)."""
+
+    kind: Literal["stop_requested"] = "stop_requested"
+    by: Literal["operator", "preemption"]
+    save: bool = True
+
+
+class ResumeRequested(_Event):
+    """A person takes a halted run up again."""
+
+    kind: Literal["resume_requested"] = "resume_requested"
+    because: str
+
+
+class CheckpointRequested(_Event):
+    """The operator wants a checkpoint now."""
+
+    kind: Literal["checkpoint_requested"] = "checkpoint_requested"
+
+
+class Ticked(_Event):
+    """Time has passed; deadlines are looked at."""
+
+    kind: Literal["ticked"] = "ticked"
+
+
+Event = Annotated[
+    RunOpened
+    | RecordReceived
+    | AttemptSpawned
+    | AttemptExited
+    | HangSuspected
+    | HangConfirmed
+    | StopRequested
+    | ResumeRequested
+    | CheckpointRequested
+    | Ticked,
+    Field(discriminator="kind"),
+]
+EVENTS: TypeAdapter[Event] = TypeAdapter(Event)

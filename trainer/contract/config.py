@@ -1,0 +1,232 @@
+"""run.yaml: the whole configuration of a run. Units are in the names; unknown keys are errors.
+
+Torch-free, because the supervisor validates it before anything starts. Defaults follow TRAINING's table: AdamW
+(0.9, 0.95), weight decay 0.1, clip 1.0, cosine to 10 % of the peak.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and a key that is not known is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """A pre-norm GPT with SDPA causal attention and tied embeddings."""
+
+    layers: int = Field(12, ge=1)
+    heads: int = Field(12, ge=1)
+    width: int = Field(768, ge=8)
+    vocab_size: int | None = Field(
+        None, ge=2, description="None: the tokenizer's, rounded up to a multiple of 64"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1)
+    bias: bool = False
+    qk_norm: bool = False
+    z_loss: float = Field(0.0, ge=0, description="weight of log(Z)^2; 1e-4 is common")
+    embedding_grad_shrink: float = Field(1.0, gt=0, le=1, description="GLM-130B used 0.1; 1 is off")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled decay on tensors of two and more dimensions."""
+
+    peak_lr: float = Field(6e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up from 0, then cosine, warm-up-stable-decay (WSD) or constant."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(2000, ge=0)
+    min_ratio: float = Field(0.1, ge=0, le=1, description="the minimum as a share of the peak")
+    decay_steps: int | None = Field(None, ge=1, description="WSD: length of the final decay; None: a tenth")
+
+
+class BatchConfig(Section):
+    """One update. `micro_sequences` splits it for gradient accumulation."""
+
+    sequences: int = Field(512, ge=1)
+    sequence_tokens: int = Field(1024, ge=2)
+    micro_sequences: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.micro_sequences and self.sequences % self.micro_sequences:
+            raise ValueError(
+                f"sequences {self.sequences} must be a multiple of micro_sequences {self.micro_sequences}"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Token shards on any fsspec URL, prepared by `longwatch data prepare` or brought along."""
+
+    train: str = Field(description="URL of a directory with manifest.json, or with shards")
+    validation: str | None = Field(None, description="URL of held-out shards; None: no evaluation")
+    format: Literal["auto", "llmc", "raw_u16", "raw_u32", "npy", "megatron"] = "auto"
+    vocab_size: int | None = Field(None, ge=2, description="of data without a manifest")
+    seed: int = 1234
+    block_samples: int = Field(64, ge=1, description="samples that lie together in a shard and stay together")
+    window_blocks: int = Field(
+        4, ge=1, description="blocks among which samples are permuted: small is local, so that a batch draws on few shards"
+    )  # fmt: skip
+    read_ahead_blocks: int = Field(8, ge=1)
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+
+class EvaluateConfig(Section):
+    """Validation on the same held-out samples each time."""
+
+    every_steps: int = Field(1000, ge=1)
+    sequences: int = Field(256, ge=1)
+    hook: str | None = Field(None, description="'module:function'; gets the model, returns {name: number}")
+
+
+class CheckpointConfig(Section):
+    """Full checkpoints on the store, and how they become good."""
+
+    every_steps: int = Field(1000, ge=1)
+    good_after_steps: int = Field(
+        100, ge=1, description="K: healthy steps beyond it that make a checkpoint good"
+    )
+    keep_good: int = Field(3, ge=2)
+
+
+class StoreConfig(Section):
+    """Where checkpoints go: any fsspec URL. Secrets come from the environment or from a file, never from here."""
+
+    url: str = "file://./store"
+    endpoint_url: str | None = Field(None, description="of an S3-compatible server")
+    key_env: str | None = Field(None, description="name of the environment variable with the access key")
+    secret_env: str | None = Field(None, description="name of the environment variable with the secret")
+    timeout_s: float = Field(60.0, gt=0, description="total deadline of every call")
+    allow_unconditional: bool = Field(False, description="accept a store that ignores create-only writes")
+
+
+class DeadlinesConfig(Section):
+    """Longest silence of the main loop per phase, in seconds; stop is ordered by grace and kill."""
+
+    spawn: float = Field(60, gt=0)
+    import_: float = Field(300, gt=0, alias="import")
+    load: float = Field(1800, gt=0)
+    compile: float = Field(3600, gt=0)
+    warm_up: float = Field(1800, gt=0)
+    train: float = Field(600, gt=0)
+    evaluate: float = Field(1800, gt=0)
+    save: float = Field(1800, gt=0)
+    leave: float = Field(1800, gt=0)
+    grace_s: float = Field(120, gt=0, description="from SIGTERM to SIGKILL")
+    orphan_s: float = Field(
+        1800, gt=0, description="a trainer without a supervisor saves and leaves after this"
+    )
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class MonitorConfig(Section):
+    """How often the dearer signals are taken."""
+
+    update_ratio_every: int = Field(1, ge=1)
+    details_every: int = Field(
+        50, ge=1, description="activations and per-group gradient norms, logits, log Z"
+    )
+
+
+class MetricsConfig(Section):
+    """The Prometheus endpoint. Port 0 takes a free one; null serves none."""
+
+    host: str = "127.0.0.1"
+    port: int | None = Field(9108, ge=0, le=65535)
+
+
+class PlannedChange(Section):
+    """A change that will move the loss by intention: re-baselines for 200 steps, never rolled back."""
+
+    step: int = Field(ge=1)
+    what: str
+
+
+class LaunchConfig(Section):
+    """How the trainer is started. `command` replaces our own trainer by one that speaks the same contract."""
+
+    command: tuple[str, ...] | None = None
+    env: dict[str, SecretStr] = Field(default_factory=dict)
+    threads: int | None = Field(None, ge=1, description="CPU threads of the trainer; None: all cores")
+
+
+FaultKind = Literal[
+    "nan_loss", "nan_grad", "lr_bomb", "lr_override", "bad_shard", "leak_targets", "zero_layer", "saturate_layer",
+    "drop_optimizer_state", "bit_flip", "corrupt_checkpoint", "hang", "sigkill", "slow", "torn_write", "store_error",
+    "oom", "loss_drift", "scale_qk",
+]  # fmt: skip
+
+
+class FaultConfig(Section):
+    """One injected fault, for tests and drills. Off unless configured; every firing is counted and recorded.
+
+    It fires when all given conditions hold: at `steps` [first, last], while the batch touches raw positions in
+    `data` [begin, end), while it touches `shard`, and in `attempt`. `once` fires at most once per run (one step, or
+    one window of `steps`), over all attempts; otherwise every time.
+    """
+
+    kind: FaultKind
+    steps: tuple[int, int] | None = None
+    data: tuple[int, int] | None = None
+    shard: int | None = Field(None, ge=0)
+    attempt: int | None = Field(None, ge=1)
+    once: bool = True
+    factor: float = Field(100.0, description="lr_bomb, loss_drift (nats a step), slow (seconds), scale_qk")
+    target: Literal["weight", "gradient"] = "weight"
+    mode: Literal["gil_held", "gil_free", "sigstop"] = "gil_free"
+    layer: int = 0
+
+
+class RunConfig(Section):
+    """run.yaml as a whole."""
+
+    version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    run_dir: str | None = Field(None, description="default: runs/NAME beside this file")
+    policy: str | None = Field(None, description="path of a policy file; default: the shipped one")
+    seed: int = 1337
+    steps: int = Field(ge=1, description="planned number of updates")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    deterministic: bool = True
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch: BatchConfig = BatchConfig()
+    data: DataConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    store: StoreConfig = StoreConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    launch: LaunchConfig = LaunchConfig()
+    planned_changes: tuple[PlannedChange, ...] = ()
+    faults: tuple[FaultConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _warm_up_fits(self) -> Self:
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}"
+            )
+        return self

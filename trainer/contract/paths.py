@@ -1,0 +1,89 @@
+"""Names of the files in a run directory that supervisor and trainer share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """Where everything of a run lies on local disk (DESIGN 4). Creates nothing by itself."""
+
+    root: Path
+
+    @property
+    def database(self) -> Path:
+        """SQLite journal, owned by the supervisor."""
+        return self.root / "run.db"
+
+    @property
+    def run_yaml(self) -> Path:
+        """The configuration as resolved at launch; what the trainer reads."""
+        return self.root / "run.yaml"
+
+    @property
+    def policy_yaml(self) -> Path:
+        """The policy as resolved at launch."""
+        return self.root / "policy.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """flock of the one supervisor."""
+        return self.root / "lock"
+
+    @property
+    def child_lock(self) -> Path:
+        """flock held, through an inherited descriptor, as long as any process of an attempt lives."""
+        return self.root / "child.lock"
+
+    @property
+    def records_socket(self) -> Path:
+        """Unix datagram socket on which the supervisor receives records."""
+        return self.root / "records.sock"
+
+    @property
+    def control_socket(self) -> Path:
+        """Unix stream socket for the command line."""
+        return self.root / "control.sock"
+
+    def plan(self, attempt: int) -> Path:
+        """The resume plan of an attempt."""
+        return self.root / "plans" / f"attempt-{attempt}.json"
+
+    def commands(self, attempt: int) -> Path:
+        """Append-only mailbox, supervisor to trainer."""
+        return self.root / "commands" / f"attempt-{attempt}.jsonl"
+
+    def records(self, attempt: int, rank: int = 0) -> Path:
+        """Every record an attempt wrote, one JSON object a line."""
+        return self.root / "records" / f"{attempt}-{rank}.jsonl"
+
+    def liveness(self, attempt: int, rank: int = 0) -> Path:
+        """The liveness page, memory-mapped by both sides."""
+        return self.root / "liveness" / f"{attempt}-{rank}"
+
+    def exit_file(self, attempt: int, rank: int = 0) -> Path:
+        """Written by the trainer when it leaves by itself: code and error record."""
+        return self.root / "exits" / f"{attempt}-{rank}.json"
+
+    def output(self, attempt: int) -> Path:
+        """Standard output and error of an attempt."""
+        return self.root / "logs" / f"attempt-{attempt}.out"
+
+    def log(self, attempt: int) -> Path:
+        """Structured log of an attempt."""
+        return self.root / "logs" / f"attempt-{attempt}.jsonl"
+
+    def stacks(self, attempt: int) -> Path:
+        """faulthandler dumps of an attempt."""
+        return self.root / "stacks" / f"attempt-{attempt}.txt"
+
+    def fault_counts(self) -> Path:
+        """How often each injected fault has fired in this run, over all attempts."""
+        return self.root / "faults.json"
+
+    def create(self) -> None:
+        """Make the directory tree, private to the user (0700)."""
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.root.chmod(0o700)
+        for name in ("plans", "commands", "records", "liveness", "exits", "logs", "stacks", "report"):
+            (self.root / name).mkdir(exist_ok=True, mode=0o700)
