@@ -1,0 +1,1 @@
+"""Health: signals computed in the trainer, records, detectors, taxonomy, metrics."""

@@ -61,18 +61,14 @@ class StepRecord(_Record):
     shards: dict[int, tuple[int, float]] = Field(
         default_factory=dict, description="shard -> (sequences, sum of their mean losses)"
     )
-    worst: tuple[int, float] | None = Field(
-        default=None, description="(raw position, loss) of the worst sequence"
-    )
+    worst: tuple[int, float] | None = Field(default=None, description="(raw position, loss) of the worst sequence")
     skipped: bool = False
     scaler: float | None = Field(default=None, description="fp16 loss scale")
     replay: bool = False
     grad_norms: dict[str, float] | None = Field(default=None, description="on a schedule, per layer group")
     attention_logit_max: dict[str, float] | None = Field(default=None, description="on a schedule")
     log_z: float | None = Field(default=None, description="on a schedule: mean log partition of the output")
-    second_moment_ratio: dict[str, float] | None = Field(
-        default=None, description="RMS of g^2/v, on a schedule"
-    )
+    second_moment_ratio: dict[str, float] | None = Field(default=None, description="RMS of g^2/v, on a schedule")
 
 
 class PhaseRecord(_Record):

@@ -1,0 +1,1 @@
+"""The supervisor: policy engine, recovery, journal, process control and command line. Never imports torch."""

@@ -1,0 +1,1 @@
+"""The child: a bf16 GPT training loop with its data and checkpoints."""

@@ -27,7 +27,7 @@ class StartAttempt(_Decision):
 
 
 class StopAttempt(_Decision):
-    """Bring the attempt to its end. `how`: save and leave, leave without saving, or kill at once (dump stacks first)."""
+    """Bring the attempt to its end: save and leave, leave without saving, or kill at once (stacks dumped first)."""
 
     kind: Literal["stop_attempt"] = "stop_attempt"
     attempt: int
@@ -85,14 +85,7 @@ class EndRun(_Decision):
 
 
 Decision = Annotated[
-    StartAttempt
-    | StopAttempt
-    | SendCommand
-    | WriteVerdict
-    | PruneCheckpoints
-    | Notify
-    | CaptureEvidence
-    | EndRun,
+    StartAttempt | StopAttempt | SendCommand | WriteVerdict | PruneCheckpoints | Notify | CaptureEvidence | EndRun,
     Field(discriminator="kind"),
 ]
 DECISIONS: TypeAdapter[Decision] = TypeAdapter(Decision)

@@ -1,0 +1,1 @@
+"""What a recovery starts from: the catalogue of checkpoints, targets, plans, retention."""

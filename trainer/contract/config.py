@@ -21,9 +21,7 @@ class ModelConfig(Section):
     layers: int = Field(12, ge=1)
     heads: int = Field(12, ge=1)
     width: int = Field(768, ge=8)
-    vocab_size: int | None = Field(
-        None, ge=2, description="None: the tokenizer's, rounded up to a multiple of 64"
-    )
+    vocab_size: int | None = Field(None, ge=2, description="None: the tokenizer's, rounded up to a multiple of 64")
     dropout: float = Field(0.0, ge=0, lt=1)
     bias: bool = False
     qk_norm: bool = False
@@ -66,9 +64,7 @@ class BatchConfig(Section):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.micro_sequences and self.sequences % self.micro_sequences:
-            raise ValueError(
-                f"sequences {self.sequences} must be a multiple of micro_sequences {self.micro_sequences}"
-            )
+            raise ValueError(f"sequences {self.sequences} must be a multiple of micro_sequences {self.micro_sequences}")
         return self
 
 
@@ -82,7 +78,7 @@ class DataConfig(Section):
     seed: int = 1234
     block_samples: int = Field(64, ge=1, description="samples that lie together in a shard and stay together")
     window_blocks: int = Field(
-        4, ge=1, description="blocks among which samples are permuted: small is local, so that a batch draws on few shards"
+        4, ge=1, description="samples are permuted among so many blocks: few is local, a batch draws on few shards"
     )  # fmt: skip
     read_ahead_blocks: int = Field(8, ge=1)
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
@@ -100,9 +96,7 @@ class CheckpointConfig(Section):
     """Full checkpoints on the store, and how they become good."""
 
     every_steps: int = Field(1000, ge=1)
-    good_after_steps: int = Field(
-        100, ge=1, description="K: healthy steps beyond it that make a checkpoint good"
-    )
+    good_after_steps: int = Field(100, ge=1, description="K: healthy steps beyond it that make a checkpoint good")
     keep_good: int = Field(3, ge=2)
 
 
@@ -130,9 +124,7 @@ class DeadlinesConfig(Section):
     save: float = Field(1800, gt=0)
     leave: float = Field(1800, gt=0)
     grace_s: float = Field(120, gt=0, description="from SIGTERM to SIGKILL")
-    orphan_s: float = Field(
-        1800, gt=0, description="a trainer without a supervisor saves and leaves after this"
-    )
+    orphan_s: float = Field(1800, gt=0, description="a trainer without a supervisor saves and leaves after this")
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -141,9 +133,7 @@ class MonitorConfig(Section):
     """How often the dearer signals are taken."""
 
     update_ratio_every: int = Field(1, ge=1)
-    details_every: int = Field(
-        50, ge=1, description="activations and per-group gradient norms, logits, log Z"
-    )
+    details_every: int = Field(50, ge=1, description="activations and per-group gradient norms, logits, log Z")
 
 
 class MetricsConfig(Section):
@@ -226,7 +216,5 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _warm_up_fits(self) -> Self:
         if self.schedule.warmup_steps > self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}"
-            )
+            raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}")
         return self

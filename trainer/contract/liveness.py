@@ -13,9 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-_LAYOUT = struct.Struct(
-    "<8sIIQQIxxxxddQ"
-)  # magic, version, pid, sequence, step, phase, started, hint, sequence
+_LAYOUT = struct.Struct("<8sIIQQIxxxxddQ")  # magic, version, pid, sequence, step, phase, started, hint, sequence
 _MAGIC = b"LWLIVE\0\1"
 
 

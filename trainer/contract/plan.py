@@ -94,12 +94,8 @@ class ResumePlan(Contract):
         default=(),
         description="commit ids, best first; the first that verifies is loaded. Empty: fresh start",
     )
-    fresh: bool = Field(
-        default=False, description="may start from initial weights; refused if candidates exist"
-    )
-    branch: int = Field(
-        default=0, ge=0, description="folded into the RNG after a training rollback; 0 is exact"
-    )
+    fresh: bool = Field(default=False, description="may start from initial weights; refused if candidates exist")
+    branch: int = Field(default=0, ge=0, description="folded into the RNG after a training rollback; 0 is exact")
     reanchor: bool = Field(
         default=False,
         description="quarantines and overlays that begin later are moved to the loaded checkpoint",
@@ -115,9 +111,7 @@ class ResumePlan(Contract):
     @model_validator(mode="after")
     def _one_start(self) -> Self:
         if self.fresh == bool(self.candidates):
-            raise ValueError(
-                "a plan either starts fresh or names candidate checkpoints, never both or neither"
-            )
+            raise ValueError("a plan either starts fresh or names candidate checkpoints, never both or neither")
         return self
 
     def anchored(self, step: int, position: int) -> "ResumePlan":
@@ -127,9 +121,7 @@ class ResumePlan(Contract):
         quarantines = tuple(
             q.model_copy(update={"from_position": min(q.from_position, position)}) for q in self.quarantines
         )
-        overlays = tuple(
-            o.model_copy(update={"from_step": min(o.from_step, step + 1)}) for o in self.overlays
-        )
+        overlays = tuple(o.model_copy(update={"from_step": min(o.from_step, step + 1)}) for o in self.overlays)
         return self.model_copy(update={"quarantines": quarantines, "overlays": overlays})
 
 

@@ -1,0 +1,1 @@
+"""Token shards: formats, order, cursor, loader, preparation."""
