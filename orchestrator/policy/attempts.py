@@ -1,0 +1,199 @@
+"""The life of attempts: what is started, and what follows when one has ended. Pure."""
+
+import hashlib
+
+from monitors.taxonomy import IncidentClass
+from orchestrator.policy import diagnose
+from orchestrator.policy.budgets import allow_restart, backoff_s
+from orchestrator.policy.context import Context
+from orchestrator.policy.decisions import EndRun, StartAttempt
+from orchestrator.policy.events import AttemptExited
+from orchestrator.policy.model import Actions
+from orchestrator.policy.rules import matching
+from orchestrator.policy.state import Incident, Recovery
+from orchestrator.recovery.target import process_candidates
+from trainer.contract.plan import ReplaySpec, ResumePlan
+
+_GRACEFUL = ("preempted", "orphaned", "left")
+
+
+def start(ctx: Context, recovery: Recovery, wait_s: float = 0.0) -> None:
+    """Decide the next attempt. Without any checkpoint of this run it starts fresh, with one it never does."""
+    state = ctx.state
+    state.attempt += 1
+    state.epoch += 1
+    state.alive, state.spawned = True, False
+    state.phase = "starting" if recovery.incident is None else "recovering"
+    plan = ResumePlan(
+        run_id=ctx.facts.run_id,
+        attempt=state.attempt,
+        epoch=state.epoch,
+        candidates=tuple(recovery.candidates),
+        fresh=not recovery.candidates,
+        branch=state.branch,
+        reanchor=recovery.reanchor,
+        skips=tuple(state.skips),
+        quarantines=tuple(state.quarantines),
+        overlays=tuple(state.overlays),
+        incident=recovery.incident,
+        because=recovery.because,
+    )
+    if recovery.kind == "diagnose" and state.replay is not None:
+        plan = plan.model_copy(
+            update={
+                "skips": plan.skips + diagnose.extra_skips(state.replay),
+                "replay": ReplaySpec(to_step=state.replay.to_step, capture=True),
+            }
+        )
+    ctx.decide(StartAttempt(plan=plan, not_before_s=state.now_s + wait_s, incident=recovery.incident))
+
+
+def on_exit(ctx: Context, event: AttemptExited) -> Incident | None:
+    """An attempt is dead: carry out what was waiting for it, or answer its cause.
+
+    Returns:
+        The incident whose diagnosis has just come to a verdict and that wants its answer, if any.
+    """
+    state = ctx.state
+    if event.attempt != state.attempt or not state.alive:
+        return None  # a late report about an attempt that is already history
+    state.alive = state.spawned = False
+    state.evaluations.clear()
+    pending, state.pending = state.pending, None
+    if pending is not None and pending.kind != "diagnose":
+        _carry_out(ctx, pending, event)
+        return None
+    if state.replay is not None:
+        if pending is None:
+            diagnose.conclude(state, completed=event.cause == "replay_done")
+        return _next_replay(ctx)
+    if event.cause == "finished":
+        _end(ctx, "finished", 0, "all planned steps are done and the last checkpoint is committed")
+    else:
+        _answer(ctx, event)
+    return None
+
+
+def _next_replay(ctx: Context) -> Incident | None:
+    """Run the next replay, or hand out the incident whose verdict is settled."""
+    state = ctx.state
+    assert state.replay is not None
+    incident = state.incident(state.replay.incident)
+    assert incident is not None
+    if incident.verdict is None:
+        because = f"diagnosis of incident {incident.id}: {diagnose.stage_name(state.replay)}"
+        candidates = state.replay.candidates
+        start(ctx, Recovery(kind="diagnose", incident=incident.id, candidates=candidates, because=because))
+        return None
+    state.replay = None
+    return incident
+
+
+def _carry_out(ctx: Context, pending: Recovery, event: AttemptExited) -> None:
+    state = ctx.state
+    match pending.kind:
+        case "restart":
+            start(ctx, pending)
+        case "diagnose":
+            pass  # handled by the caller
+        case "halt" | "budget":
+            end_for(ctx, pending)
+        case "stop" | "preempt":
+            stopped, code, signum = ("stopped", 5, 130) if pending.kind == "stop" else ("preempted", 75, 143)
+            if event.cause == "finished":
+                _end(ctx, "finished", 0, "the last step was done when the stop came")
+            elif event.cause in _GRACEFUL:
+                _end(ctx, stopped, code, f"{pending.because}; checkpoint of step {state.best_durable_step} is saved")
+            else:
+                _end(ctx, stopped, signum, f"{pending.because}; no checkpoint could be saved ({event.cause})")
+
+
+def end_for(ctx: Context, recovery: Recovery) -> None:
+    """End the run because the policy says so; a person must take it up again."""
+    if recovery.kind == "budget":
+        _end(ctx, "budget_used_up", 4, recovery.because)
+    else:
+        _end(ctx, "halted", 3, recovery.because)
+
+
+def _answer(ctx: Context, event: AttemptExited) -> None:
+    state = ctx.state
+    cls = _class_of(event.cause)
+    why = f"attempt {event.attempt} ended at step {state.step}: {event.cause}"
+    if event.detail:
+        why += f" ({event.detail})"
+    incident = ctx.open_incident(cls, state.step, state.step, why)
+    incident.cause = event.cause
+    incident.phase, state.hang_phase = state.hang_phase, None
+    incident.resume_step = state.step
+    rule = matching(ctx.policy, incident, ctx.facts)
+    actions = rule.rungs()[0] if rule else Actions()
+    incident.decision = [str(name) for name in actions.names()]
+    if actions.notify is not None:
+        ctx.notify(actions.notify.level, f"{cls}: {event.cause}", why, incident.id)
+    if actions.halt is not None or not (actions.restart or actions.roll_back):
+        incident.state, incident.outcome, incident.end_step = "closed", "halted", state.step
+        _end(ctx, "halted", 3, why)
+        return
+    free = cls is IncidentClass.PREEMPTION
+    if not free:
+        state.attempts_without_progress += 1
+        if not _may_restart(ctx, incident):
+            return
+    wait_s = 0.0 if free or rule is None else backoff_s(rule.backoff, state.attempts_without_progress, _fraction(ctx))
+    restart(ctx, incident, wait_s)
+
+
+def restart(ctx: Context, incident: Incident, wait_s: float = 0.0) -> None:
+    """Start again from the newest state that nothing speaks against; the old attempt is dead."""
+    state = ctx.state
+    candidates = process_candidates(state.commits, ctx.tainted_from())
+    per_widening = ctx.policy.on_no_progress.attempts
+    widenings = state.attempts_without_progress // per_widening
+    candidates = candidates[min(widenings, max(0, len(candidates) - 1)) :]
+    if state.commits and not candidates:
+        _end(ctx, "halted", 3, f"{incident.why}; no checkpoint is left that nothing speaks against")
+        return
+    incident.state = "recovering"
+    names = [commit.id for commit in candidates]
+    start(ctx, Recovery(kind="restart", incident=incident.id, candidates=names, because=incident.why), wait_s)
+
+
+def _may_restart(ctx: Context, incident: Incident) -> bool:
+    state, rule = ctx.state, ctx.policy.on_no_progress
+    failed = state.attempts_without_progress
+    if failed and failed % rule.attempts == 0:
+        action = rule.do[min(failed // rule.attempts, len(rule.do)) - 1]
+        incident.decision.append(action)
+        if action == "halt":
+            incident.state, incident.outcome, incident.end_step = "closed", "halted", state.step
+            reason = f"{failed} attempts in a row without a new durable step; the last: {incident.why}"
+            ctx.notify("page", "no progress", reason, incident.id)
+            _end(ctx, "halted", 3, reason)
+            return False
+    if not allow_restart(ctx):
+        incident.state, incident.outcome, incident.end_step = "closed", "halted", state.step
+        budget = ctx.policy.budgets.process
+        reason = f"more than {budget.restarts} restarts in {budget.per:.0f} s; the last: {incident.why}"
+        ctx.notify("page", "restart budget used up", reason, incident.id)
+        _end(ctx, "budget_used_up", 4, reason)
+        return False
+    return True
+
+
+def _class_of(cause: str) -> IncidentClass:
+    if cause in _GRACEFUL:
+        return IncidentClass.PREEMPTION
+    return {"hang": IncidentClass.HANG, "data": IncidentClass.DATA_ERROR}.get(cause, IncidentClass.CRASH)
+
+
+def _fraction(ctx: Context) -> float:
+    """A number in [0, 1) that differs from run to run and attempt to attempt, yet is a pure function of both."""
+    digest = hashlib.sha256(f"{ctx.facts.run_id}/{ctx.state.attempt}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _end(ctx: Context, phase: str, exit_code: int, because: str) -> None:
+    decision = EndRun.model_validate({"state": phase, "exit_code": exit_code, "because": because})
+    ctx.state.phase = decision.state
+    ctx.decide(decision)

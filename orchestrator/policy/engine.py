@@ -1,0 +1,285 @@
+"""The policy engine: a fold of events into decisions, and the only door through which a run's state changes.
+
+`fold` is pure in effect: same state, policy and event, same result. Time is `event.at_s`, made monotonic here. The
+shell journals what goes in and what comes out, and carries decisions out (DESIGN 1). `assert_never` makes the type
+checker prove that every event is handled.
+"""
+
+from typing import Literal, assert_never
+
+from monitors.diagnosis import Diagnosis
+from pydantic import BaseModel, ConfigDict
+
+from monitors.records import (
+    CommitRecord,
+    EvalRecord,
+    Record,
+    StartedRecord,
+    StepRecord,
+)
+from monitors.taxonomy import IncidentClass
+from orchestrator.policy import attempts, diagnose, health
+from orchestrator.policy.context import Context
+from orchestrator.policy.decisions import CaptureEvidence, Decision, EndRun, SendCommand, StopAttempt
+from orchestrator.policy.events import (
+    AttemptExited,
+    AttemptSpawned,
+    CheckpointRequested,
+    Event,
+    HangConfirmed,
+    HangSuspected,
+    RecordReceived,
+    ResumeRequested,
+    RunOpened,
+    StopRequested,
+    Ticked,
+)
+from orchestrator.policy.model import Policy
+from orchestrator.policy.respond import on_evaluation, on_finding, respond
+from orchestrator.policy.state import ENDED, EngineState, Incident, Recovery, ReplayRow, RunFacts, RunStatus
+from orchestrator.recovery.target import process_candidates
+from trainer.contract.commands import CheckpointNow
+from trainer.contract.plan import overlay_factor
+
+
+class _Snapshot(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    version: Literal[1] = 1
+    state: EngineState
+    diagnosis: dict[str, object]
+
+
+class Engine:
+    """State and fold of one run. `policy` should already have the shipped rules behind its own."""
+
+    def __init__(self, policy: Policy, facts: RunFacts) -> None:
+        self.policy = policy
+        self.facts = facts
+        self.state = EngineState()
+        self._diagnosis = Diagnosis(policy.detect, planned_changes=facts.planned_changes)
+
+    def fold(self, event: Event) -> list[Decision]:  # noqa: C901  one arm per kind of event
+        """Take one event in and return what is to be done about it, in order."""
+        self.state.now_s = max(self.state.now_s, event.at_s)
+        ctx = Context(self.state, self.policy, self.facts)
+        match event:
+            case RunOpened():
+                self._opened(ctx, event)
+            case RecordReceived():
+                self._record(ctx, event.record)
+            case AttemptSpawned():
+                self.state.spawned = event.attempt == self.state.attempt
+            case AttemptExited():
+                incident = attempts.on_exit(ctx, event)
+                if incident is not None:
+                    respond(ctx, incident)
+            case HangSuspected():
+                if event.attempt == self.state.attempt:
+                    ctx.decide(CaptureEvidence(attempt=event.attempt))
+            case HangConfirmed():
+                self._hang(ctx, event)
+            case StopRequested():
+                self._stop(ctx, event)
+            case ResumeRequested():
+                self._resume(ctx, event)
+            case CheckpointRequested():
+                if self.state.alive:
+                    command = CheckpointNow(id=ctx.next_command())
+                    ctx.decide(SendCommand(attempt=self.state.attempt, command=command))
+            case Ticked():
+                self._tick(ctx)
+            case _:
+                assert_never(event)
+        return ctx.decisions
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def _opened(self, ctx: Context, event: RunOpened) -> None:
+        state = self.state
+        if state.policy_digest and (state.config_digest, state.policy_digest) != (
+            event.config_digest,
+            event.policy_digest,
+        ):
+            ctx.notify("info", "configuration changed", "run.yaml or policy differ from those of the last launch")
+        state.config_digest, state.policy_digest = event.config_digest, event.policy_digest
+        if state.phase == "new":
+            attempts.start(ctx, Recovery(kind="restart", because="first launch"))
+        elif state.phase in ("stopped", "preempted", "failed"):
+            self._restart(ctx, "launched again")
+        elif state.phase in ("halted", "budget_used_up"):
+            code = 3 if state.phase == "halted" else 4
+            because = "halted: look at `longwatch incidents`, then `longwatch resume RUN --because TEXT`"
+            ctx.decide(EndRun(state=state.phase, exit_code=code, because=because))
+        elif state.phase == "finished":
+            ctx.decide(EndRun(state="finished", exit_code=0, because="the run is finished already"))
+
+    def _restart(self, ctx: Context, because: str) -> None:
+        candidates = process_candidates(self.state.commits, ctx.tainted_from())
+        attempts.start(ctx, Recovery(kind="restart", candidates=[c.id for c in candidates], because=because))
+
+    def _record(self, ctx: Context, record: Record) -> None:
+        state = self.state
+        if record.attempt != state.attempt:
+            return  # a late datagram of an attempt that is history
+        replaying = state.replay is not None and state.pending is None
+        match record:
+            case StepRecord():
+                if record.replay or replaying:
+                    grad_norm = record.grad_norm if record.grad_norm is not None else 0.0
+                    row = ReplayRow(loss=record.loss, grad_norm=grad_norm, skipped=record.skipped)
+                    diagnose.on_replay_step(state, record.step, row)
+                    return
+                health.on_step(ctx, record)
+            case StartedRecord():
+                if replaying and state.replay is not None:
+                    state.replay.runs.append({})
+                    return
+                health.on_started(ctx, record)
+                self._diagnosis.rewind(record.step)
+                self._diagnosis.note_overlays(self._overlay_spans())
+            case CommitRecord() if not replaying:
+                health.on_commit(ctx, record)
+            case EvalRecord() if not replaying:
+                state.last_eval = (record.step, record.loss)
+                state.evals = [*state.evals[-63:], (record.step, record.loss)]
+                if record.command is not None:
+                    on_evaluation(ctx, record.command, record.loss)
+        if not replaying:
+            self._observe(ctx, record)
+
+    def _observe(self, ctx: Context, record: Record) -> None:
+        overlays = len(self.state.overlays)
+        for finding in self._diagnosis.observe(record):
+            if self.state.pending is None:  # what comes after the decision to leave belongs to a dead branch
+                on_finding(ctx, finding)
+        if len(self.state.overlays) != overlays:
+            self._diagnosis.note_overlays(self._overlay_spans())
+
+    def _overlay_spans(self) -> tuple[tuple[int, int], ...]:
+        spans = []
+        for overlay in self.state.overlays:
+            end = self.facts.total_steps if overlay.keep else overlay.hold_until_step + overlay.ramp_steps
+            spans.append((overlay.from_step, end))
+        return tuple(spans)
+
+    def _hang(self, ctx: Context, event: HangConfirmed) -> None:
+        state = self.state
+        if event.attempt != state.attempt or not state.alive:
+            return
+        state.hang_phase = event.phase
+        because = f"no progress in phase {event.phase} for {event.silent_s:.0f} s"
+        ctx.decide(StopAttempt(attempt=event.attempt, how="kill", because=because))
+
+    def _stop(self, ctx: Context, event: StopRequested) -> None:
+        state = self.state
+        if state.phase in ENDED:
+            return
+        kind: Literal["stop", "preempt"] = "stop" if event.by == "operator" else "preempt"
+        because = "stopped by the operator" if kind == "stop" else "the machine asked us to leave"
+        if not state.spawned:  # between attempts, or waiting to start one: there is nothing to save
+            state.alive = False
+            ended, code = ("stopped", 5) if kind == "stop" else ("preempted", 75)
+            state.phase = "stopped" if kind == "stop" else "preempted"
+            ctx.decide(EndRun.model_validate({"state": ended, "exit_code": code, "because": because}))
+            return
+        leaving_bad_state = state.pending is not None or state.replay is not None
+        if state.pending is None or state.pending.kind in ("restart", "diagnose"):
+            state.pending = Recovery(kind=kind, because=because)
+            state.replay = None
+        state.phase = "stopping"
+        how: Literal["save", "leave"] = "leave" if leaving_bad_state or not event.save else "save"
+        ctx.decide(StopAttempt(attempt=state.attempt, how=how, because=because))
+
+    def _resume(self, ctx: Context, event: ResumeRequested) -> None:
+        state = self.state
+        if state.phase not in ("halted", "budget_used_up"):
+            return
+        state.attempts_without_progress = 0
+        state.restarts_at_s.clear()
+        state.rollbacks_used = 0
+        state.warm_up_rollbacks = 0
+        ctx.notify("info", "resumed by a person", event.because)
+        self._restart(ctx, f"resumed by a person: {event.because}")
+
+    def _tick(self, ctx: Context) -> None:
+        state, facts = self.state, self.facts
+        if state.phase != "running" or not state.commits or facts.trace:
+            return
+        silent = state.step - state.commits[-1].step
+        if silent < ctx.policy.guards.checkpoint_overdue_factor * facts.checkpoint_every:
+            return
+        since = state.commits[-1].step
+        known = any(i.cls is IncidentClass.CHECKPOINT_OVERDUE and i.onset_step == since for i in state.incidents)
+        if not known:
+            why = f"{silent} steps since the last checkpoint, one is due every {facts.checkpoint_every}"
+            respond(ctx, ctx.open_incident(IncidentClass.CHECKPOINT_OVERDUE, since, state.step, why))
+
+    # -- what the shell and people read ---------------------------------------------------------------------------
+
+    def incidents(self) -> list[Incident]:
+        """Every incident of the run, oldest first."""
+        return self.state.incidents
+
+    def status(self) -> RunStatus:
+        """The run as it stands."""
+        state, budgets = self.state, self.policy.budgets
+        good = [commit.step for commit in state.commits if commit.standing == "good"]
+        return RunStatus(
+            state=_PUBLIC_STATE[state.phase],
+            step=state.step,
+            total_steps=self.facts.total_steps,
+            attempt=state.attempt,
+            loss=state.last_loss,
+            lr=state.last_lr,
+            tokens=state.tokens,
+            tokens_per_s=state.tokens_per_s,
+            validation=state.last_eval,
+            last_good_step=max(good, default=None),
+            last_commit_step=max((c.step for c in state.commits), default=None),
+            rollbacks_left=budgets.training.rollbacks - state.rollbacks_used,
+            restarts_left=budgets.process.restarts - len(state.restarts_at_s),
+            open_incidents=sum(incident.is_open for incident in state.incidents),
+            incidents=len(state.incidents),
+            lr_factor=overlay_factor(tuple(state.overlays), state.step + 1),
+            quarantined_shards=[self._shard_name(q.shard) for q in state.quarantines],
+        )
+
+    def _shard_name(self, shard: int) -> str:
+        names = self.state.shard_names
+        return names[shard] if shard < len(names) else str(shard)
+
+    # -- snapshots ------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> bytes:
+        """The whole state as JSON."""
+        snapshot = _Snapshot(state=self.state, diagnosis=self._diagnosis.to_state())
+        return snapshot.model_dump_json().encode()
+
+    @classmethod
+    def restore(cls, policy: Policy, facts: RunFacts, snapshot: bytes) -> "Engine":
+        """The engine as it was when the snapshot was taken, under the policy and facts of now.
+
+        Raises:
+            pydantic.ValidationError: it is not a snapshot of this version.
+        """
+        parsed = _Snapshot.model_validate_json(snapshot)
+        engine = cls(policy, facts)
+        engine.state = parsed.state
+        engine._diagnosis = Diagnosis.from_state(policy.detect, parsed.diagnosis)
+        return engine
+
+
+_PUBLIC_STATE: dict[str, Literal["starting", "running", "recovering", "stopped", "halted", "finished", "failed"]] = {
+    "new": "starting",
+    "starting": "starting",
+    "running": "running",
+    "recovering": "recovering",
+    "stopping": "running",
+    "finished": "finished",
+    "halted": "halted",
+    "stopped": "stopped",
+    "preempted": "stopped",
+    "failed": "failed",
+    "budget_used_up": "halted",
+}

@@ -1,0 +1,146 @@
+"""What becomes of checkpoints and recoveries as healthy steps pass: promotion, lineage, outcome. Pure."""
+
+from monitors.records import CommitRecord, StartedRecord, StepRecord
+from monitors.taxonomy import IncidentClass
+from orchestrator.policy import budgets
+from orchestrator.policy.context import Context
+from orchestrator.policy.decisions import PruneCheckpoints, WriteVerdict
+from orchestrator.policy.state import Commit, HistoryRow, Incident
+from orchestrator.recovery.retention import deletable
+
+_HISTORY_ROWS = 4096  # covers the widest rollback of the shipped policy (2,000 steps) twice
+
+
+def on_step(ctx: Context, record: StepRecord) -> None:
+    """Keep the position and promote what has proven itself."""
+    state = ctx.state
+    state.phase = "running" if state.pending is None else state.phase
+    state.step, state.position = record.step, record.data.end if record.data is not None else state.position
+    state.tokens += record.tokens or 0
+    state.highest_step = max(state.highest_step, record.step)
+    state.last_loss, state.last_lr = record.loss, record.lr
+    if record.tokens and record.step_time_s is not None and record.step_time_s.total > 0:
+        state.tokens_per_s = record.tokens / record.step_time_s.total
+    state.history.append(
+        HistoryRow(
+            step=record.step,
+            end=state.position,
+            at_s=state.now_s,
+            loss=record.loss,
+            grad_norm=record.grad_norm if record.grad_norm is not None else 0.0,
+            skipped=record.skipped,
+        )
+    )
+    if len(state.history) > 2 * _HISTORY_ROWS:
+        del state.history[:-_HISTORY_ROWS]
+    if record.skipped:
+        state.unhealthy_until_step = record.step
+    _promote(ctx)
+    _judge_recoveries(ctx)
+
+
+def _promote(ctx: Context) -> None:
+    """Good = K healthy steps beyond it, nothing open or suspected that may reach back to it (DESIGN 9)."""
+    state, needed = ctx.state, ctx.facts.good_after_steps
+    tainted_from = ctx.tainted_from()
+    promoted = False
+    for commit in state.commits:
+        if commit.standing != "committed" or commit.tainted:
+            continue
+        proven = state.step - max(commit.step, state.unhealthy_until_step)
+        if proven < needed or (tainted_from is not None and commit.step >= tainted_from):
+            continue
+        commit.standing, promoted = "good", True
+        why = f"{proven} healthy steps beyond it"
+        ctx.decide(WriteVerdict(commit=commit.id, verdict="good", why=why))
+        budgets.on_good(ctx, commit)
+    if promoted:
+        _prune(ctx)
+
+
+def _prune(ctx: Context) -> None:
+    state = ctx.state
+    doomed = deletable(state.commits, keep_good=ctx.facts.keep_good, step=state.step)
+    if not doomed or not ctx.enforcing:
+        return
+    state.commits = [commit for commit in state.commits if commit.id not in doomed]
+    ctx.decide(PruneCheckpoints(commits=tuple(doomed)))
+
+
+def _judge_recoveries(ctx: Context) -> None:
+    """A recovery worked when the run is as many healthy steps beyond the place where it had been stopped."""
+    state = ctx.state
+    for incident in state.incidents[-64:]:
+        if incident.state != "recovering" or incident.resume_step is None:
+            continue
+        _account_recompute(ctx, incident)
+        process = incident.target_step is None
+        healthy_from = max(incident.resume_step, state.unhealthy_until_step)
+        if state.step - healthy_from >= (1 if process else ctx.facts.good_after_steps):
+            incident.state, incident.outcome = "closed", "worked"
+            incident.end_step = incident.resume_step
+
+
+def _account_recompute(ctx: Context, incident: Incident) -> None:
+    state = ctx.state
+    if incident.cost.recompute_s == 0.0 and incident.resume_step is not None and state.step >= incident.resume_step:
+        since = incident.opened_at_s + incident.cost.restart_s
+        incident.cost.recompute_s = max(0.0, state.now_s - since) if incident.cost.steps else 0.0
+
+
+def on_commit(ctx: Context, record: CommitRecord) -> None:
+    """A checkpoint exists."""
+    state = ctx.state
+    if any(commit.id == record.commit for commit in state.commits):
+        return
+    commit = Commit(id=record.commit, step=record.step, position=record.position, tokens=record.tokens)
+    if record.step == 0:
+        commit.standing = "good"  # nothing was trained that could be wrong
+        ctx.decide(WriteVerdict(commit=commit.id, verdict="good", why="initial state"))
+    tainted_from = ctx.tainted_from()
+    unrecovered = any(
+        i.state in ("open", "evaluating", "diagnosing") and i.cls is not IncidentClass.TRANSIENT_SPIKE
+        for i in ctx.taints()
+    )
+    commit.tainted = unrecovered and tainted_from is not None and record.step >= max(1, tainted_from)
+    state.commits.append(commit)
+    state.commits.sort(key=lambda known: known.step)
+    budgets.on_durable(ctx, commit)
+
+
+def on_started(ctx: Context, record: StartedRecord) -> None:
+    """A state is loaded: everything that lay beyond it leaves the lineage."""
+    state = ctx.state
+    for condemned in record.condemned:
+        _condemn(ctx, condemned.commit, condemned.why)
+    lost = max(0, state.step - record.step)
+    tokens_lost = max(0, state.tokens - record.tokens)
+    incident = next(
+        (i for i in reversed(state.incidents) if i.state == "recovering" and i.attempt < state.attempt), None
+    )
+    if incident is not None and incident.cost.restart_s == 0.0:
+        incident.cost.steps, incident.cost.tokens = lost, tokens_lost
+        incident.cost.restart_s = max(0.0, state.now_s - incident.opened_at_s)
+        if incident.resume_step is None:
+            incident.resume_step = state.step
+    state.discarded_steps += lost
+    state.commits = [commit for commit in state.commits if commit.step <= record.step]
+    state.evals = [row for row in state.evals if row[0] <= record.step]
+    state.history = [row for row in state.history if row.step <= record.step]
+    state.quarantines = [
+        q.model_copy(update={"from_position": min(q.from_position, record.position)}) for q in state.quarantines
+    ]
+    state.overlays = [o.model_copy(update={"from_step": min(o.from_step, record.step + 1)}) for o in state.overlays]
+    state.step, state.position, state.tokens = record.step, record.position, record.tokens
+    state.unhealthy_until_step = min(state.unhealthy_until_step, record.step)
+    state.peak_lr, state.precision = record.peak_lr, record.precision
+    state.total_samples = record.total_samples
+    state.shard_names, state.shard_samples = list(record.shards), list(record.shard_samples)
+
+
+def _condemn(ctx: Context, commit_id: str, why: str) -> None:
+    for commit in ctx.state.commits:
+        if commit.id == commit_id:
+            commit.standing = "bad"
+    ctx.decide(WriteVerdict(commit=commit_id, verdict="bad", why=why))
+    ctx.notify("warning", f"checkpoint {commit_id} condemned", why)

@@ -1,0 +1,221 @@
+"""Everything the policy engine remembers: one tree of plain values, serialised whole as a snapshot.
+
+The engine's fold is the only code that changes it. Steps count updates, positions are raw, times unix seconds.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from monitors.taxonomy import Evidence, IncidentClass
+from trainer.contract.plan import Overlay, Quarantine, SkipRange
+
+Verdict = Literal["hardware", "data", "data_and_state", "state", "inconclusive"]
+RunPhase = Literal[
+    "new", "starting", "running", "recovering", "stopping", "finished", "halted", "stopped", "preempted", "failed",
+    "budget_used_up",
+]  # fmt: skip
+ENDED: frozenset[str] = frozenset({"finished", "halted", "stopped", "preempted", "failed", "budget_used_up"})
+
+
+class _Mutable(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class RunFacts(BaseModel):
+    """What the engine must know of the configuration; the shell reads it from run.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    total_steps: int
+    warmup_steps: int
+    batch_samples: int
+    good_after_steps: int = 100
+    keep_good: int = 3
+    checkpoint_every: int = 1000
+    has_validation: bool = True
+    planned_changes: tuple[int, ...] = ()
+    trace: bool = Field(default=False, description="a recorded run is replayed: no evaluation can be asked for")
+
+
+class Commit(_Mutable):
+    """A checkpoint of the current lineage, oldest first in `EngineState.commits`."""
+
+    id: str
+    step: int
+    position: int
+    tokens: int
+    standing: Literal["committed", "good", "bad"] = "committed"
+    tainted: bool = Field(default=False, description="lies within an incident: never promoted")
+
+
+class Cost(_Mutable):
+    """What an incident cost, beside the work that would have been done anyway."""
+
+    steps: int = 0
+    tokens: int = 0
+    skipped_samples: int = 0
+    detect_s: float = Field(default=0.0, description="from the onset to the detection")
+    restart_s: float = Field(default=0.0, description="from the detection, or the death, to the state loaded again")
+    recompute_s: float = Field(default=0.0, description="from there to the step where the run had been")
+
+
+class Incident(_Mutable):
+    """One incident, from suspicion to its outcome; what `longwatch incidents` prints."""
+
+    id: int
+    cls: IncidentClass = Field(serialization_alias="class")
+    onset_step: int
+    detected_step: int
+    end_step: int | None = None
+    decision: list[str] = Field(default_factory=list)
+    why: str
+    state: Literal["suspected", "evaluating", "diagnosing", "recovering", "open", "closed", "dismissed"] = "suspected"
+    outcome: Literal["", "came_back", "worked", "relapsed", "notice", "halted", "refuted"] = ""
+    evidence: Evidence = Field(default_factory=dict)
+    shards: list[int] = Field(default_factory=list)
+    cause: str | None = None
+    phase: str | None = None
+    validation: Literal["confirmed", "refuted", "assumed"] | None = None
+    verdict: Verdict | None = None
+    rung: int = 0
+    relapse_of: int | None = None
+    target_step: int | None = None
+    resume_step: int | None = Field(default=None, description="where the run had been when it was stopped")
+    cost: Cost = Field(default_factory=Cost)
+    attempt: int = 0
+    opened_at_s: float = 0.0
+    key: int | None = Field(default=None, description="the diagnosis' key for it")
+
+    @property
+    def is_open(self) -> bool:
+        """Still going on, or not yet judged."""
+        return self.state not in ("closed", "dismissed")
+
+
+class Recovery(_Mutable):
+    """What happens once the running attempt is dead."""
+
+    kind: Literal["restart", "diagnose", "halt", "stop", "preempt", "budget"]
+    incident: int | None = None
+    candidates: list[str] = Field(default_factory=list)
+    reanchor: bool = False
+    because: str = ""
+
+
+class LadderPlace(_Mutable):
+    """How far a family of incidents has climbed: one rung further at each relapse."""
+
+    rung: int
+    incident: int
+    relapse_until_step: int
+    factor: float = 1.0
+
+
+class ReplayRow(_Mutable):
+    """What one replayed step gave."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+class HistoryRow(_Mutable):
+    """What is kept of a surviving step: where its data ended, when it was, and what it gave."""
+
+    step: int
+    end: int
+    at_s: float
+    loss: float
+    grad_norm: float
+    skipped: bool = False
+
+
+class DiagnosisByReplay(_Mutable):
+    """A diagnosis in progress: which replays have run, and what they gave."""
+
+    incident: int
+    candidates: list[str]
+    to_step: int
+    suspect: tuple[int, int] = Field(description="raw positions of the step that went wrong")
+    control: tuple[int, int] | None = Field(default=None, description="an equal innocent window")
+    recorded: dict[int, ReplayRow] = Field(default_factory=dict)
+    runs: list[dict[int, ReplayRow]] = Field(default_factory=list)
+
+
+class EngineState(_Mutable):
+    """The whole memory of a run."""
+
+    phase: RunPhase = "new"
+    now_s: float = 0.0
+    attempt: int = 0
+    alive: bool = Field(default=False, description="an attempt was decided on and has not ended")
+    spawned: bool = Field(default=False, description="its process exists")
+    epoch: int = 0
+    branch: int = 0
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+    highest_step: int = 0
+    best_durable_step: int = -1
+    last_loss: float | None = None
+    last_lr: float | None = None
+    tokens_per_s: float | None = None
+    last_eval: tuple[int, float] | None = None
+    peak_lr: float | None = None
+    precision: str = ""
+    total_samples: int = 0
+    shard_names: list[str] = Field(default_factory=list)
+    shard_samples: list[int] = Field(default_factory=list)
+    commits: list[Commit] = Field(default_factory=list)
+    skips: list[SkipRange] = Field(default_factory=list)
+    quarantines: list[Quarantine] = Field(default_factory=list)
+    overlays: list[Overlay] = Field(default_factory=list)
+    incidents: list[Incident] = Field(default_factory=list)
+    ladders: dict[str, LadderPlace] = Field(default_factory=dict)
+    pending: Recovery | None = None
+    replay: DiagnosisByReplay | None = None
+    evaluations: dict[int, int] = Field(default_factory=dict, description="command id -> incident id")
+    evals: list[tuple[int, float]] = Field(default_factory=list, description="(step, loss) of the lineage, newest last")
+    history: list[HistoryRow] = Field(default_factory=list, description="the newest surviving steps")
+    next_command: int = 1
+    attempts_without_progress: int = 0
+    restarts_at_s: list[float] = Field(default_factory=list)
+    rollbacks_used: int = 0
+    rollback_onset_step: int = 0
+    warm_up_rollbacks: int = 0
+    discarded_steps: int = 0
+    unhealthy_until_step: int = Field(default=0, description="the last step that does not count as healthy")
+    hang_phase: str | None = None
+    config_digest: str = ""
+    policy_digest: str = ""
+
+    def incident(self, number: int | None) -> Incident | None:
+        """The incident with this id."""
+        return next((incident for incident in reversed(self.incidents) if incident.id == number), None)
+
+
+class RunStatus(BaseModel):
+    """One screen's worth of facts: what `longwatch status --json` prints, without the run directory."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    state: Literal["starting", "running", "recovering", "stopped", "halted", "finished", "failed"]
+    step: int
+    total_steps: int
+    attempt: int
+    loss: float | None
+    lr: float | None
+    tokens: int
+    tokens_per_s: float | None
+    validation: tuple[int, float] | None
+    last_good_step: int | None
+    last_commit_step: int | None
+    rollbacks_left: int
+    restarts_left: int
+    open_incidents: int
+    incidents: int
+    lr_factor: float
+    quarantined_shards: list[str]
+    because: str = ""
