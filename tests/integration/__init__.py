@@ -1,0 +1,1 @@
+"""Whole runs: a real supervisor, a real trainer, real files."""
