@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from monitors.trace import read_trace
-
 from orchestrator.policy.engine import Engine
 from orchestrator.policy.events import AttemptSpawned, RecordReceived, RunOpened
 from orchestrator.policy.model import Policy

@@ -7,9 +7,9 @@ checker prove that every event is handled.
 
 from typing import Literal, assert_never
 
-from monitors.diagnosis import Diagnosis
 from pydantic import BaseModel, ConfigDict
 
+from monitors.diagnosis import Diagnosis
 from monitors.records import (
     CommitRecord,
     EvalRecord,

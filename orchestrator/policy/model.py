@@ -7,9 +7,9 @@ order and the first match wins; a class that no rule of the file matches falls t
 import re
 from typing import Annotated, Any, Literal, Self, get_args
 
-from monitors.settings import DetectSettings
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from monitors.settings import DetectSettings
 from monitors.taxonomy import IncidentClass
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

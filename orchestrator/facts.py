@@ -1,0 +1,19 @@
+"""What the policy engine must know of run.yaml."""
+
+from orchestrator.policy.state import RunFacts
+from trainer.contract.config import RunConfig
+
+
+def facts_of(config: RunConfig) -> RunFacts:
+    """The facts of a configuration."""
+    return RunFacts(
+        run_id=config.name,
+        total_steps=config.steps,
+        warmup_steps=config.schedule.warmup_steps,
+        batch_samples=config.batch.sequences,
+        good_after_steps=config.checkpoint.good_after_steps,
+        keep_good=config.checkpoint.keep_good,
+        checkpoint_every=config.checkpoint.every_steps,
+        has_validation=config.data.validation is not None,
+        planned_changes=tuple(change.step for change in config.planned_changes),
+    )
