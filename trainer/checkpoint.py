@@ -1,0 +1,37 @@
+"""Checkpoints of a training state: the names that the trainer uses. The parts are in `trainer.checkpointing`."""
+
+from trainer.checkpointing.errors import (
+    CheckpointError,
+    NonFiniteStateError,
+    SnapshotRefusedError,
+    StateMismatchError,
+)
+from trainer.checkpointing.load import Loaded, load_checkpoint
+from trainer.checkpointing.tensors import (
+    model_tensors,
+    named_parameters,
+    optimizer_tensors,
+    restore_model,
+    restore_optimizer,
+)
+from trainer.checkpointing.write import CheckpointWriter, Committed, SaveFailed
+from trainer.contract.manifest import Health, Parent
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointWriter",
+    "Committed",
+    "Health",
+    "Loaded",
+    "NonFiniteStateError",
+    "Parent",
+    "SaveFailed",
+    "SnapshotRefusedError",
+    "StateMismatchError",
+    "load_checkpoint",
+    "model_tensors",
+    "named_parameters",
+    "optimizer_tensors",
+    "restore_model",
+    "restore_optimizer",
+]

@@ -1,0 +1,1 @@
+"""Saving and loading full training states. Import the names from `trainer.checkpoint`."""

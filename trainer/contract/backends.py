@@ -1,0 +1,272 @@
+"""How bytes reach one kind of storage: the local file system, or anything else that fsspec knows.
+
+Backends raise what their storage raises (`Backend.errors` says which); `trainer.contract.store` gives it a meaning.
+Keys are checked by the caller. Deadlines are seconds for one whole call.
+
+Why the local one is our own: fsspec's local `pipe_file(mode="create")` looks and then opens, so two writers can both
+win (70 of 200 races), and it leaves a half-written object under its final name when the process dies.
+"""
+
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fsspec.asyn import AsyncFileSystem
+from fsspec.spec import AbstractFileSystem
+
+T = TypeVar("T")
+
+_PART = ".part-"  # prefix of files that are still being written; never listed
+_MEMORY_LOCK = threading.Lock()  # fsspec's memory file system is one object per process, so is its lock
+
+
+class Backend(Protocol):
+    """What the store needs of a storage."""
+
+    errors: tuple[type[Exception], ...]
+
+    def create(self, key: str, data: bytes, timeout_s: float) -> None:
+        """Create the object whole or not at all; `FileExistsError` if there is one."""
+
+    def put_file(self, key: str, path: Path, timeout_s: float) -> None:
+        """The same for the content of a local file, which must not change afterwards."""
+
+    def read(self, key: str, start: int, end: int | None, timeout_s: float) -> bytes:
+        """Bytes [start, end) of an object; `FileNotFoundError` if there is none."""
+
+    def size(self, key: str, timeout_s: float) -> int:
+        """Bytes of an object; `FileNotFoundError` if there is none."""
+
+    def list(self, prefix: str, timeout_s: float) -> list[tuple[str, int]]:
+        """Keys below `prefix` (empty, or ending in a slash) with their sizes, sorted, as they are now."""
+
+    def delete(self, key: str, timeout_s: float) -> None:
+        """Remove an object; one that is not there is no error."""
+
+    def local_path(self, key: str) -> Path | None:
+        """Where the object lies on this machine's disk, None if it does not."""
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+class LocalBackend:
+    """Objects are files below `root`; durable when a call returns."""
+
+    errors: tuple[type[Exception], ...] = (OSError,)
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def create(self, key: str, data: bytes, timeout_s: float) -> None:
+        """Write a private file, sync it, link it to its name: link(2) fails if the name is taken."""
+        target = self._prepare(key)
+        part = target.with_name(f"{_PART}{uuid.uuid4().hex}")
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+        _sync_directory(target.parent)
+
+    def put_file(self, key: str, path: Path, timeout_s: float) -> None:
+        """Link the file in place where both lie on one file system, copy it otherwise."""
+        target = self._prepare(key)
+        if path.stat().st_dev == target.parent.stat().st_dev:
+            _sync_file(path)
+            os.link(path, target)
+            _sync_directory(target.parent)
+            return
+        part = target.with_name(f"{_PART}{uuid.uuid4().hex}")
+        try:
+            shutil.copyfile(path, part)
+            _sync_file(part)
+            os.link(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+        _sync_directory(target.parent)
+
+    def read(self, key: str, start: int, end: int | None, timeout_s: float) -> bytes:
+        """Read from the file."""
+        with (self.root / key).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else max(0, end - start))
+
+    def size(self, key: str, timeout_s: float) -> int:
+        """Stat the file."""
+        return (self.root / key).stat().st_size
+
+    def list(self, prefix: str, timeout_s: float) -> list[tuple[str, int]]:
+        """Walk the directory; a file that vanishes meanwhile is left out."""
+        found = []
+        for directory, _, names in os.walk(self.root / prefix):
+            for name in names:
+                path = Path(directory, name)
+                if not name.startswith(_PART) and path.is_file():
+                    found.append((path.relative_to(self.root).as_posix(), path.stat().st_size))
+        return sorted(found)
+
+    def delete(self, key: str, timeout_s: float) -> None:
+        """Unlink the file and directories that this leaves empty."""
+        path = self.root / key
+        path.unlink(missing_ok=True)
+        for parent in path.parents:
+            if parent == self.root or not _remove_if_empty(parent):
+                return
+
+    def local_path(self, key: str) -> Path | None:
+        """Every object is a local file."""
+        return self.root / key
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _prepare(self, key: str) -> Path:
+        """Make the directories of a key, durably: a lost directory entry would lose the object with it."""
+        target = self.root / key
+        missing = [parent for parent in target.parents if not parent.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for directory in missing:
+            _sync_directory(directory.parent)
+        return target
+
+
+class FsspecBackend:
+    """Objects of any fsspec file system. Its listing cache must be off: a stale listing hides commits."""
+
+    def __init__(self, fs: AbstractFileSystem, root: str, errors: tuple[type[Exception], ...] = (OSError,)) -> None:
+        self._fs = fs
+        self._root = root.rstrip("/")
+        self._in_memory = "memory" in _protocols(fs)
+        self.errors = errors
+
+    def create(self, key: str, data: bytes, timeout_s: float) -> None:
+        """`pipe_file(mode="create")`, on S3 If-None-Match; never `open(..., "xb")`, which overwrites if empty."""
+        if self._in_memory:
+            self._create_in_memory(key, data)
+            return
+        self._call(self._fs.pipe_file, self._path(key), data, mode="create", timeout_s=timeout_s)
+
+    def put_file(self, key: str, path: Path, timeout_s: float) -> None:
+        """`put_file(mode="create")`; large objects go in parts, of which at most four are in memory."""
+        if self._in_memory:
+            self._create_in_memory(key, path.read_bytes())
+            return
+        extra = {"max_concurrency": 4} if "s3" in _protocols(self._fs) else {}
+        self._call(self._fs.put_file, str(path), self._path(key), mode="create", timeout_s=timeout_s, **extra)
+
+    def read(self, key: str, start: int, end: int | None, timeout_s: float) -> bytes:
+        """A ranged read unless the whole object is wanted."""
+        limits = {} if start == 0 and end is None else {"start": start, "end": end}
+        return bytes(self._call(self._fs.cat_file, self._path(key), timeout_s=timeout_s, **limits))
+
+    def size(self, key: str, timeout_s: float) -> int:
+        """Ask for the object's head."""
+        info = self._call(self._fs.info, self._path(key), timeout_s=timeout_s)
+        if info.get("type") == "directory":
+            raise FileNotFoundError(key)
+        return int(info["size"])
+
+    def list(self, prefix: str, timeout_s: float) -> list[tuple[str, int]]:
+        """One flat listing; nothing there is an empty one."""
+        where = self._path(prefix.rstrip("/")) if prefix else self._root
+        try:
+            found = self._call(self._fs.find, where, detail=True, timeout_s=timeout_s)
+        except FileNotFoundError:
+            return []
+        keys = ((name[len(self._root) :].lstrip("/"), int(info["size"])) for name, info in found.items())
+        return sorted((key, size) for key, size in keys if key.startswith(prefix))
+
+    def delete(self, key: str, timeout_s: float) -> None:
+        """Remove one object."""
+        try:
+            self._call(self._fs.rm_file, self._path(key), timeout_s=timeout_s)
+        except FileNotFoundError:
+            return
+
+    def local_path(self, key: str) -> Path | None:
+        """Remote objects lie on no disk of ours."""
+        return None
+
+    def close(self) -> None:
+        """Close the connections that s3fs keeps in its event loop thread."""
+        close_session = getattr(self._fs, "close_session", None)
+        client = getattr(self._fs, "_s3", None)
+        if close_session is not None and client is not None:
+            close_session(self._fs.loop, client)
+
+    def _create_in_memory(self, key: str, data: bytes) -> None:
+        with _MEMORY_LOCK:
+            if self._fs.exists(self._path(key)):
+                raise FileExistsError(key)
+            self._fs.pipe_file(self._path(key), data)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+    def _call(self, method: Callable[..., Any], *args: Any, timeout_s: float, **kwargs: Any) -> Any:
+        """One call with a total deadline: s3fs alone waits for ever on a server that accepts and stays silent."""
+        if isinstance(self._fs, AsyncFileSystem):
+            return method(*args, timeout=timeout_s, **kwargs)
+        if self._in_memory:
+            return method(*args, **kwargs)
+        return _within(timeout_s, lambda: method(*args, **kwargs))
+
+
+def _within(timeout_s: float, call: Callable[[], T]) -> T:
+    """Run a blocking call in a thread and stop waiting at the deadline; the thread ends with the call."""
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            failure.append(error)
+            if not isinstance(error, Exception):
+                raise
+
+    thread = threading.Thread(target=run, daemon=True, name="store-call")
+    thread.start()
+    thread.join(timeout_s)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    return outcome[0]
+
+
+def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_empty(path: Path) -> bool:
+    try:
+        path.rmdir()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,134 @@
+"""Fencing epochs: who writes from here on, and which commits still count (DESIGN 4). Torch-free.
+
+A writer claims `fence/e<N>.json` by a create-only write. The fence names its base, the commit it continues from, and
+that base's ancestors. The lineage is the newest epoch's commits, its base and those ancestors, so a branch that was
+rolled back and a stale writer's late commit are inert, without any clock or lease.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from trainer.contract.manifest import COMMITS, CommitIdText, parse_commit_id
+from trainer.contract.plan import Contract
+from trainer.contract.store import ObjectExists, Store
+
+FENCES = "fence/"
+_FENCE_KEY = re.compile(r"fence/e(\d{1,10})\.json")
+_COMMIT_KEY = re.compile(r"commits/(\d{12}-e\d{1,10}-\d{1,10})\.json")
+
+
+class FenceError(Exception):
+    """A fence could not be claimed, or does not make sense."""
+
+
+class FenceLostError(FenceError):
+    """Another writer holds this epoch, or a later one exists."""
+
+    def __init__(self, epoch: int, newest: int) -> None:
+        self.epoch = epoch
+        self.newest = newest
+        super().__init__(
+            f"epoch {epoch} is not ours: the store is at epoch {newest}, claimed by another writer; "
+            "stop this one, or find out which supervisor runs beside it"
+        )
+
+
+class Fence(Contract):
+    """The body of a fence: who holds the epoch, and on what it builds."""
+
+    version: Literal[1] = 1
+    run_id: str
+    epoch: int = Field(ge=0)
+    nonce: str = Field(min_length=16, description="random; tells our own fence from another's after a lost response")
+    host: str
+    pid: int
+    base: CommitIdText | None = Field(None, description="the commit this epoch continues from; None: a fresh start")
+    ancestry: tuple[CommitIdText, ...] = Field((), description="what the base was built on, in any order")
+    plan: dict[str, Any] = Field(default_factory=dict, description="the resume plan, as JSON")
+    budgets: dict[str, Any] = Field(default_factory=dict, description="what recoveries have spent so far, as JSON")
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """The commits that count, oldest first."""
+
+    epoch: int | None
+    commits: tuple[str, ...]
+
+    def up_to(self, commit: str) -> tuple[str, ...]:
+        """The ancestors of one of these commits: what a fence with this base gives as its ancestry."""
+        step = parse_commit_id(commit).step
+        return tuple(other for other in self.commits if parse_commit_id(other).step < step)
+
+
+def fence_key(epoch: int) -> str:
+    """Where an epoch's fence lies."""
+    return f"{FENCES}e{epoch}.json"
+
+
+def claim(store: Store, fence: Fence) -> None:
+    """Claim the epoch that the fence names. Claiming again with the same body is no error.
+
+    Raises:
+        FenceLostError: the epoch is taken, or a later one exists.
+        StoreError: the store could not be asked; nothing is known then.
+    """
+    newest = current_epoch(store)
+    if newest is not None and newest > fence.epoch:
+        raise FenceLostError(fence.epoch, newest)
+    try:
+        store.create(fence_key(fence.epoch), fence.model_dump_json().encode())
+    except ObjectExists as error:
+        raise FenceLostError(fence.epoch, max(newest or 0, fence.epoch)) from error
+
+
+def ensure_current(store: Store, epoch: int) -> None:
+    """Raise `FenceLostError` if an epoch later than ours was claimed; called by a writer around each commit."""
+    newest = current_epoch(store)
+    if newest is not None and newest > epoch:
+        raise FenceLostError(epoch, newest)
+
+
+def current_epoch(store: Store) -> int | None:
+    """The newest epoch that was ever claimed, None if none was."""
+    found = (_FENCE_KEY.fullmatch(item.key) for item in store.list(FENCES))
+    return max((int(match[1]) for match in found if match), default=None)
+
+
+def read_fence(store: Store, epoch: int) -> Fence:
+    """The body of an epoch's fence.
+
+    Raises:
+        FenceError: it is damaged.
+    """
+    try:
+        return Fence.model_validate_json(store.read(fence_key(epoch)))
+    except ValidationError as error:
+        raise FenceError(f"the fence of epoch {epoch} is damaged: {error}; claim the next epoch") from error
+
+
+def commits_present(store: Store) -> tuple[str, ...]:
+    """Every commit in the store, of whatever branch, oldest step first. One listing; nothing is opened."""
+    found = (_COMMIT_KEY.fullmatch(item.key) for item in store.list(COMMITS))
+    return tuple(sorted((match[1] for match in found if match), key=parse_commit_id))
+
+
+def lineage(store: Store) -> Lineage:
+    """The commits that count now. Without any fence nothing was ever written by a run, and nothing counts.
+
+    A base that is gone simply drops out: its nearest ancestor that exists is then the newest of the old ones.
+    """
+    epoch = current_epoch(store)
+    if epoch is None:
+        return Lineage(None, ())
+    return Lineage(epoch, select_lineage(read_fence(store, epoch), commits_present(store)))
+
+
+def select_lineage(fence: Fence, present: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the commits that exist, those that count under this fence, oldest first. Pure."""
+    inherited = {*fence.ancestry, fence.base}
+    kept = (commit for commit in present if commit in inherited or parse_commit_id(commit).epoch == fence.epoch)
+    return tuple(sorted(kept, key=parse_commit_id))
