@@ -1,4 +1,4 @@
-"""A simulated trainer for the engine: obeys decisions, makes records, and can be made to go wrong. No process, no clock."""
+"""A simulated trainer for the engine: obeys decisions, makes records, goes wrong on request. No process, no clock."""
 
 import random
 from collections.abc import Callable
