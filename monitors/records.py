@@ -54,6 +54,7 @@ class StepRecord(_Record):
     grad_norm: float
     clipped: bool
     lr: float
+    lr_planned: float | None = Field(default=None, description="schedule times overlay; `lr` is what was applied")
     update_ratio: dict[str, float] = Field(default_factory=dict, description="layer group -> |dw| / |w|")
     tokens: int
     step_time_s: StepTime

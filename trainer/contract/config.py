@@ -179,7 +179,11 @@ class FaultConfig(Section):
     shard: int | None = Field(None, ge=0)
     attempt: int | None = Field(None, ge=1)
     once: bool = True
-    factor: float = Field(100.0, description="lr_bomb, loss_drift (nats a step), slow (seconds), scale_qk")
+    factor: float = Field(
+        100.0,
+        description="lr_bomb, lr_override, scale_qk and saturate_layer: a factor; leak_targets: odds; slow: seconds; "
+        "loss_drift: share of its RMS that each matrix moves at random per step",
+    )
     target: Literal["weight", "gradient"] = "weight"
     mode: Literal["gil_held", "gil_free", "sigstop"] = "gil_free"
     layer: int = 0

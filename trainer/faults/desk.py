@@ -1,0 +1,170 @@
+"""Where the loop meets the injected faults: five moments, each a method. With no faults configured all do nothing.
+
+A fault is counted first, recorded second and takes effect last, so that one that kills the process leaves both.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from monitors.records import FaultRecord
+from trainer.contract.config import FaultKind
+from trainer.contract.store import Store
+from trainer.faults import effects, process, storage
+from trainer.faults.injector import Fired, Injector, Occasion
+from trainer.model import GPT
+from trainer.reporter import Reporter
+from trainer.step import TrainStep
+
+_AT_LOAD: tuple[FaultKind, ...] = ("drop_optimizer_state",)
+_AT_STEP: tuple[FaultKind, ...] = (
+    "slow", "sigkill", "hang", "oom", "bad_shard", "lr_bomb", "lr_override", "zero_layer", "saturate_layer",
+    "scale_qk", "loss_drift", "bit_flip", "nan_loss", "nan_grad", "leak_targets", "store_error",
+)  # fmt: skip
+_AT_SAVE: tuple[FaultKind, ...] = ("torn_write",)
+_AT_COMMIT: tuple[FaultKind, ...] = ("corrupt_checkpoint",)
+
+
+@dataclass(slots=True)
+class StepInput:
+    """What a step is about to be given; faults change it."""
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    shards: NDArray[np.int64]
+    planned_factor: float = 1.0
+    applied_factor: float = 1.0
+
+
+class FaultDesk:
+    """Carries out what the injector says is due."""
+
+    def __init__(self, injector: Injector, reporter: Reporter, attempt: int, vocab_size: int) -> None:
+        self.failing = False
+        self.dying = False
+        self.is_saving: Callable[[], bool] = lambda: False
+        self._injector = injector
+        self._reporter = reporter
+        self._attempt = attempt
+        self._vocab_size = vocab_size
+        self._step: TrainStep | None = None
+        self._leak: effects.TargetLeak | None = None
+
+    def attach(self, step: TrainStep) -> None:
+        """Take hold of the numerical core, once it is built."""
+        self._step = step
+        if self._injector.configured("leak_targets"):
+            self._leak = effects.TargetLeak(step.model)
+
+    def wrap(self, store: Store, allow_unconditional: bool) -> Store:
+        """The same store, or one that can fail on command."""
+        if not self._injector.configured("store_error", "torn_write"):
+            return store
+        backend = storage.FaultyBackend(store._backend, self)
+        return Store(backend, store.url, store.timeout_s, allow_unconditional)
+
+    def after_load(self, step: int) -> None:
+        """The state of `step` has been loaded."""
+        for fired in self._due(Occasion(self._attempt, step), _AT_LOAD):
+            self._say(fired, step)
+            effects.drop_moments(self._core.optimizer)
+
+    def before_step(self, step: int, begin: int, end: int, given: StepInput) -> StepInput:
+        """Update number `step` is about to happen on raw positions [begin, end)."""
+        self._clear()
+        occasion = Occasion(self._attempt, step, begin, end, frozenset(int(s) for s in np.unique(given.shards)))
+        for fired in self._due(occasion, _AT_STEP):
+            self._say(fired, step)
+            given = self._apply(fired, step, given)
+        return given
+
+    def before_save(self, step: int) -> None:
+        """A snapshot of `step` is about to be taken."""
+        for fired in self._due(Occasion(self._attempt, step), _AT_SAVE):
+            self._say(fired, step)
+            self.dying = True
+
+    def after_commit(self, step: int, commit: str, store: Store) -> None:
+        """The manifest of `commit` exists."""
+        for fired in self._due(Occasion(self._attempt, step), _AT_COMMIT):
+            self._say(fired, step)
+            storage.flip_byte_of(store, commit)
+
+    @property
+    def _core(self) -> TrainStep:
+        assert self._step is not None, "attach comes before the first load"
+        return self._step
+
+    def _due(self, occasion: Occasion, kinds: tuple[FaultKind, ...]) -> list[Fired]:
+        return self._injector.due(occasion, kinds)
+
+    def _say(self, fired: Fired, step: int) -> None:
+        self._reporter.emit(FaultRecord, step=step, fault=fired.fault.kind, count=fired.count)
+
+    def _clear(self) -> None:
+        """Faults of one step end with it; a store that fails goes on failing until the save that met it is over."""
+        self.failing = self.failing and self.is_saving()
+        core = self._core
+        core.transform_losses = None
+        core.after_backward = None
+        if self._leak is not None:
+            self._leak.odds = 1.0
+
+    def _apply(self, fired: Fired, step: int, given: StepInput) -> StepInput:
+        fault, model = fired.fault, self._core.model
+        match fault.kind:
+            case "slow":
+                process.dawdle(fault)
+            case "sigkill":
+                process.die()
+            case "hang":
+                process.hang(fault)
+            case "oom":
+                process.exhaust_memory(next(model.parameters()).device)
+            case "store_error":
+                self.failing = True
+            case "bad_shard":
+                tokens = effects.garble(fault, given.tokens, given.positions, given.shards, self._vocab_size)
+                return replace(given, tokens=tokens)
+            case "lr_bomb":
+                return replace(given, planned_factor=given.planned_factor * fault.factor)
+            case "lr_override":
+                return replace(given, applied_factor=given.applied_factor * fault.factor)
+            case _:
+                self._disturb(fired, step)
+        return given
+
+    def _disturb(self, fired: Fired, step: int) -> None:
+        """Faults of the arithmetic."""
+        fault, core = fired.fault, self._core
+        match fault.kind:
+            case "zero_layer":
+                effects.zero_layer(core.model, fault)
+            case "saturate_layer":
+                effects.saturate_layer(core.model, fault)
+            case "scale_qk":
+                effects.scale_qk(core.model, fault)
+            case "loss_drift":
+                effects.drift(core.model, fault, step)
+            case "bit_flip" if fault.target == "weight":
+                effects.flip_weight_bit(core.model, fault)
+            case "bit_flip":
+                core.after_backward = _then(core.after_backward, lambda m: effects.flip_gradient_bit(m, fault))
+            case "nan_grad":
+                core.after_backward = _then(core.after_backward, lambda m: effects.poison_gradient(m, fault))
+            case "nan_loss":
+                core.transform_losses = effects.poison_losses
+            case "leak_targets":
+                assert self._leak is not None, "attach has seen that it is configured"
+                self._leak.odds = fault.factor
+
+
+def _then(first: Callable[[GPT], None] | None, second: Callable[[GPT], None]) -> Callable[[GPT], None]:
+    def both(model: GPT) -> None:
+        if first is not None:
+            first(model)
+        second(model)
+
+    return both

@@ -1,0 +1,90 @@
+"""What injected faults do to the store: calls that fail, a death between data and manifest, flipped bytes."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Protocol
+
+from trainer.contract.backends import Backend
+from trainer.contract.manifest import COMMITS, manifest_key, unseal
+from trainer.contract.store import Store
+from trainer.faults.process import die
+
+
+class StoreFaults(Protocol):
+    """What is wrong with the store at the moment."""
+
+    failing: bool
+    dying: bool
+
+
+class FaultyBackend:
+    """A storage that fails, or kills its user, whenever it is told to; otherwise the one it wraps."""
+
+    def __init__(self, inner: Backend, faults: StoreFaults) -> None:
+        self._inner = inner
+        self._faults = faults
+        self.errors = inner.errors
+
+    def create(self, key: str, data: bytes, timeout_s: float) -> None:
+        """Create; a torn write dies when the data is there and the manifest is not."""
+        if self._faults.dying and key.startswith(COMMITS):
+            die()
+        self._fail()
+        self._inner.create(key, data, timeout_s)
+
+    def put_file(self, key: str, path: Path, timeout_s: float) -> None:
+        """Create from a file."""
+        self._fail()
+        self._inner.put_file(key, path, timeout_s)
+
+    def read(self, key: str, start: int, end: int | None, timeout_s: float) -> bytes:
+        """Read."""
+        self._fail()
+        return self._inner.read(key, start, end, timeout_s)
+
+    def size(self, key: str, timeout_s: float) -> int:
+        """Size."""
+        self._fail()
+        return self._inner.size(key, timeout_s)
+
+    def list(self, prefix: str, timeout_s: float) -> list[tuple[str, int]]:
+        """List."""
+        self._fail()
+        return self._inner.list(prefix, timeout_s)
+
+    def delete(self, key: str, timeout_s: float) -> None:
+        """Delete."""
+        self._fail()
+        self._inner.delete(key, timeout_s)
+
+    def local_path(self, key: str) -> Path | None:
+        """Path on this machine's disk."""
+        return self._inner.local_path(key)
+
+    def close(self) -> None:
+        """Release connections."""
+        self._inner.close()
+
+    def _fail(self) -> None:
+        if self._faults.failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def flip_byte_of(store: Store, commit: str) -> None:
+    """Change one byte in the middle of a commit's first object, as a bad disk would; its size stays."""
+    entry = unseal(store.read(manifest_key(commit))).manifest.objects[0]
+    path = store.local_path(entry.key)
+    middle = entry.size // 2
+    if path is not None:
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            (byte,) = os.pread(descriptor, 1, middle)
+            os.pwrite(descriptor, bytes([byte ^ 0x40]), middle)
+        finally:
+            os.close(descriptor)
+        return
+    data = bytearray(store.read(entry.key))
+    data[middle] ^= 0x40
+    store.delete(entry.key)
+    store.create(entry.key, bytes(data))

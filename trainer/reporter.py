@@ -1,0 +1,94 @@
+"""Records out of the trainer: appended to a file, which is the truth, and sent as a datagram, which may be lost.
+
+Nothing here can stall the loop but the local disk. Whether anybody reads the socket also tells whether there is a
+supervisor (the orphan rule), so the time of the last accepted datagram is kept.
+"""
+
+import errno
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from monitors.records import Record
+from trainer.contract.paths import RunPaths
+
+R = TypeVar("R", bound=Record)
+
+#: The socket is bound, only its buffer is full or the record too long for a datagram: somebody is there.
+_ANSWERED = (errno.EAGAIN, errno.EMSGSIZE, errno.ENOBUFS)
+
+
+class Reporter:
+    """Numbers and writes the records of one attempt and rank."""
+
+    def __init__(self, paths: RunPaths, attempt: int, rank: int = 0) -> None:
+        self._attempt = attempt
+        self._seq = 0
+        file = paths.records(attempt, rank)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._socket = _DatagramSender(paths.records_socket)
+
+    @property
+    def answered_s(self) -> float:
+        """Monotonic time at which a supervisor was last seen to hold the socket (at first: the start)."""
+        return self._socket.answered_s
+
+    def emit(self, kind: type[R], **fields: Any) -> R:
+        """Write one record of a kind and send it.
+
+        Raises:
+            pydantic.ValidationError: the fields do not fit the kind.
+            OSError: the record could not be written to the run directory.
+        """
+        record = kind(seq=self._seq + 1, attempt=self._attempt, at_s=time.time(), **fields)
+        line = record.model_dump_json().encode()
+        _write_all(self._file, line + b"\n")
+        self._seq += 1
+        self._socket.send(line)
+        return record
+
+    def close(self) -> None:
+        """Release file and socket."""
+        os.close(self._file)
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _DatagramSender:
+    """Non-blocking datagrams to a path of any length (addresses are limited to 108 bytes, hence /proc/self/fd)."""
+
+    def __init__(self, path: Path) -> None:
+        self.answered_s = time.monotonic()
+        self._directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        self._address = f"/proc/self/fd/{self._directory}/{path.name}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def send(self, payload: bytes) -> None:
+        """Send, or don't: the file has it anyway."""
+        try:
+            self._socket.sendto(payload, self._address)
+        except OSError as error:
+            if error.errno not in _ANSWERED:
+                return
+        self.answered_s = time.monotonic()
+
+    def close(self) -> None:
+        """Release the descriptors."""
+        self._socket.close()
+        os.close(self._directory)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    """A short write (a disk that fills up) is continued until the disk says why."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
