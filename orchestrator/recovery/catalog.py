@@ -1,0 +1,130 @@
+"""What checkpoints there are, as the store tells it: commits, their facts, their place in the lineage. Torch-free.
+
+Listing opens nothing (five listings, whatever the number of commits); `verify` reads every byte of one commit.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from trainer.contract import fence, verdicts
+from trainer.contract.manifest import (
+    Manifest,
+    ManifestError,
+    ObjectEntry,
+    Sealed,
+    crc32c,
+    manifest_key,
+    parse_commit_id,
+    unseal,
+)
+from trainer.contract.store import ObjectMissing, Store
+from trainer.contract.verdicts import State
+
+_DATA = "data/"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One commit, as `longwatch checkpoints` shows it."""
+
+    id: str
+    step: int
+    epoch: int
+    attempt: int
+    state: State
+    verified: bool
+    pinned: bool
+    in_lineage: bool
+    bytes: int
+
+    @property
+    def good(self) -> bool:
+        """Whether a training rollback may load it; step 0 is good by definition, and bad outranks good."""
+        return self.state == "good" or (self.step == 0 and self.state != "bad")
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What reading every byte of a commit showed; no problems means that it is what was saved."""
+
+    commit: str
+    bytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def list_checkpoints(store: Store) -> list[Checkpoint]:
+    """Every commit in the store, oldest step first; those of abandoned branches have `in_lineage` false.
+
+    Raises:
+        StoreError: the store cannot be asked.
+        FenceError: the newest fence is damaged.
+    """
+    present = fence.commits_present(store)
+    current = set(fence.lineage(store).commits)
+    facts = verdicts.read_verdicts(store)
+    sizes: dict[str, int] = defaultdict(int)
+    for item in store.list(_DATA):
+        sizes[item.key.split("/")[1]] += item.bytes
+    return [_entry(commit, facts.of(commit), commit in current, sizes[commit]) for commit in present]
+
+
+def read_manifest(store: Store, commit: str) -> Sealed:
+    """The manifest of a commit, checked against its digest.
+
+    Raises:
+        ManifestError: it is damaged, or another commit's.
+        ObjectMissing: there is no such commit.
+    """
+    sealed = unseal(store.read(manifest_key(commit)))
+    if sealed.manifest.commit != commit:
+        raise ManifestError(f"the manifest of {commit} is that of {sealed.manifest.commit}")
+    return sealed
+
+
+def verify(store: Store, commit: str) -> Verification:
+    """Read a commit whole: manifest digest, size and CRC32C of every object. All problems, not only the first.
+
+    Raises:
+        StoreError: the store cannot be asked; that says nothing about the commit.
+    """
+    try:
+        manifest: Manifest = read_manifest(store, commit).manifest
+    except ObjectMissing:
+        return Verification(commit, 0, ("there is no manifest, so there is no such checkpoint",))
+    except ManifestError as error:
+        return Verification(commit, 0, (str(error),))
+    found = (_object_problem(store, entry) for entry in manifest.objects)
+    return Verification(commit, manifest.bytes, tuple(problem for problem in found if problem))
+
+
+def _object_problem(store: Store, entry: ObjectEntry) -> str | None:
+    try:
+        size = store.size(entry.key)
+        if size != entry.size:
+            return f"{entry.key} has {size} bytes instead of {entry.size}"
+        crc = 0
+        for chunk in store.stream(entry.key, size):
+            crc = crc32c(chunk, crc)
+    except ObjectMissing:
+        return f"{entry.key} is missing"
+    return None if crc == entry.crc32c else f"{entry.key} does not match its CRC32C: it was changed after the save"
+
+
+def _entry(commit: str, standing: verdicts.Standing, in_lineage: bool, size: int) -> Checkpoint:
+    named = parse_commit_id(commit)
+    return Checkpoint(
+        id=commit,
+        step=named.step,
+        epoch=named.epoch,
+        attempt=named.attempt,
+        state=standing.state,
+        verified=standing.verified,
+        pinned=standing.pinned,
+        in_lineage=in_lineage,
+        bytes=size,
+    )
