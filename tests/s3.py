@@ -80,12 +80,8 @@ def seaweedfs(directory: Path) -> Iterator[S3Server]:
             _await_ready(endpoint_url, process, directory / "weed.log")
             yield _with_bucket(endpoint_url, process.pid)
         finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(10)
+            process.kill()  # asked politely it takes 10 s, and nothing of it is kept
+            process.wait(10)
 
 
 @contextmanager

@@ -182,8 +182,9 @@ class FsspecBackend:
             found = self._call(self._fs.find, where, detail=True, timeout_s=timeout_s)
         except FileNotFoundError:
             return []
-        keys = ((name[len(self._root) :].lstrip("/"), int(info["size"])) for name, info in found.items())
-        return sorted((key, size) for key, size in keys if key.startswith(prefix))
+        files = ((name, info) for name, info in found.items() if info.get("type") != "directory")
+        keys = ((name[len(self._root) :].lstrip("/"), int(info["size"] or 0)) for name, info in files)
+        return sorted((key, size) for key, size in keys if key and key.startswith(prefix))
 
     def delete(self, key: str, timeout_s: float) -> None:
         """Remove one object."""

@@ -237,6 +237,8 @@ def _meaning(url: str, key: str | None, error: Exception) -> StoreError:
             return StoreUnavailable(url, "no answer within store.timeout_s; check the network and the server", key)
         case FileExistsError():
             return ObjectExists(url, "exists already", key)
+        case OSError(errno=errno.EINVAL) if "pre-condition" in str(error).lower():  # how s3fs passes on a 412
+            return ObjectExists(url, "exists already", key)
         case FileNotFoundError():
             return ObjectMissing(url, "does not exist", key)
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG):
