@@ -4,7 +4,9 @@ from pathlib import Path
 
 
 class OrchestratorError(Exception):
-    """Base of every error that the supervisor raises by itself."""
+    """Base of every error that the supervisor raises by itself; `exit_code` is what `launch` ends with."""
+
+    exit_code = 1
 
 
 class RunHeldError(OrchestratorError):
@@ -18,6 +20,8 @@ class RunHeldError(OrchestratorError):
 
 class NetworkFilesystemError(OrchestratorError):
     """The run directory lies where locks and fsync can't be trusted."""
+
+    exit_code = 2
 
     def __init__(self, path: Path, filesystem: str) -> None:
         self.path = path
@@ -38,6 +42,8 @@ class JournalError(OrchestratorError):
 
 class JournalMissingError(JournalError):
     """There is no journal."""
+
+    exit_code = 2
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, f"{path} does not exist; launch the run first, or name its directory")
@@ -62,6 +68,8 @@ class JournalCorruptError(JournalError):
 class JournalForeignError(JournalError):
     """The file is a database, but not of ours."""
 
+    exit_code = 2
+
     def __init__(self, path: Path) -> None:
         super().__init__(path, f"{path} is not a Longwatch journal; choose another run_dir")
 
@@ -69,6 +77,61 @@ class JournalForeignError(JournalError):
 class JournalVersionError(JournalError):
     """The file was written by another version."""
 
+    exit_code = 2
+
     def __init__(self, path: Path, why: str) -> None:
         self.why = why
         super().__init__(path, f"journal {path}: {why}; use the version of Longwatch that wrote it")
+
+
+class ChildLockHeldError(OrchestratorError):
+    """A process of an earlier attempt still lives: a second trainer beside it is never started."""
+
+    def __init__(self, pids: tuple[int, ...]) -> None:
+        self.pids = pids
+        named = ", ".join(str(pid) for pid in pids) or "unknown"
+        super().__init__(f"processes of an earlier attempt are still alive (pids {named}); end them first")
+
+
+class SpawnError(OrchestratorError):
+    """The trainer's command could not be executed."""
+
+    exit_code = 2
+
+    def __init__(self, program: str, why: str) -> None:
+        self.program = program
+        super().__init__(f"the trainer could not be started: {program}: {why}; correct launch.command in run.yaml")
+
+
+class RunSupersededError(OrchestratorError):
+    """The store says that somebody else writes this run, or that it went further than this run directory knows."""
+
+    def __init__(self, epoch: int, why: str) -> None:
+        self.epoch = epoch
+        super().__init__(f"nothing was started, because the run's fence could not be claimed: {why}")
+
+
+class SnapshotUnusableError(OrchestratorError):
+    """The engine's state in the journal can't be read by this version."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        self.path = path
+        super().__init__(
+            f"the state in {path} can't be read ({why}); go on with the version of Longwatch that wrote it"
+        )
+
+
+class NotRunningError(OrchestratorError):
+    """No supervisor answers for this run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        super().__init__(f"no supervisor is running for {run_dir}; start it with `longwatch launch`")
+
+
+class ControlError(OrchestratorError):
+    """The supervisor refused a request, or did not answer it."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"the request was not carried out: {why}; look at `longwatch status`")

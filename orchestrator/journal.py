@@ -1,0 +1,384 @@
+"""The journal: what happened and what was decided, durable before anything follows from it (DESIGN 1.2).
+
+SQLite in WAL mode with synchronous=FULL. One transaction holds a batch of events with its decisions, incidents, steps
+and read cursors, so that after a SIGKILL anywhere each of them is known exactly once or not at all. Newest snapshot
+plus later events give the state back; decisions are never computed again. Record and tick events older than the last
+but one snapshot are dropped (steps and the record files keep them). SQLite has no NaN: a NaN loss is NULL in its
+column, and in full in the `record` column. Times are unix seconds.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from monitors.records import StartedRecord, StepRecord
+from orchestrator.errors import (
+    JournalCorruptError,
+    JournalForeignError,
+    JournalMissingError,
+    JournalVersionError,
+    JournalWriteError,
+)
+from orchestrator.policy.decisions import DECISIONS, Decision
+from orchestrator.policy.events import EVENTS, AttemptExited, Event, RecordReceived
+from orchestrator.process.filesystem import refuse_network_filesystem
+
+_APPLICATION_ID = 0x4C4E4757  # "LNGW"
+_VERSION = 1
+_CHECK_UP_TO_BYTES = 64 << 20  # quick_check reads the whole file; beyond this damage shows itself on reading
+_READ_WAIT_MS = 5000
+_KEEP_SNAPSHOTS = 2
+
+_SCHEMA = f"""
+CREATE TABLE events(seq INTEGER PRIMARY KEY, at_s REAL NOT NULL, kind TEXT NOT NULL, json TEXT NOT NULL);
+CREATE TABLE decisions(
+    id INTEGER PRIMARY KEY, event_seq INTEGER NOT NULL, kind TEXT NOT NULL, json TEXT NOT NULL,
+    status TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'done', 'failed')),
+    outcome TEXT NOT NULL DEFAULT ''
+);
+CREATE INDEX decisions_pending ON decisions(id) WHERE status = 'pending';
+CREATE TABLE attempts(
+    attempt INTEGER PRIMARY KEY, pid INTEGER NOT NULL, boot_id TEXT NOT NULL, starttime INTEGER NOT NULL,
+    spawned_at_s REAL NOT NULL, oom_kills INTEGER, started_step INTEGER, loaded TEXT, replay INTEGER NOT NULL DEFAULT 0,
+    ended_at_s REAL, cause TEXT, code INTEGER, signum INTEGER, detail TEXT
+);
+CREATE TABLE cursors(attempt INTEGER PRIMARY KEY, seq INTEGER NOT NULL, offset INTEGER NOT NULL);
+CREATE TABLE incidents(id INTEGER PRIMARY KEY, json TEXT NOT NULL);
+CREATE TABLE steps(
+    attempt INTEGER NOT NULL, step INTEGER NOT NULL, loss REAL, grad_norm REAL, lr REAL, tokens INTEGER,
+    data_begin INTEGER, data_end INTEGER, at_s REAL, record TEXT NOT NULL, PRIMARY KEY (attempt, step)
+);
+CREATE TABLE notifications(
+    decision INTEGER PRIMARY KEY, at_s REAL NOT NULL, level TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL,
+    incident INTEGER
+);
+CREATE TABLE snapshots(event_seq INTEGER PRIMARY KEY, json BLOB NOT NULL);
+CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {_VERSION};
+"""
+
+_SURVIVING = """
+SELECT s.* FROM steps s JOIN attempts a USING (attempt)
+WHERE a.replay = 0 AND NOT EXISTS (
+    SELECT 1 FROM attempts later
+    WHERE later.attempt > s.attempt AND later.replay = 0 AND later.started_step < s.step
+)
+ORDER BY s.step
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """An event and what the engine decided on it."""
+
+    event: Event
+    decisions: tuple[Decision, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDecision:
+    """A decision with its number in the journal."""
+
+    id: int
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far the records of an attempt have been taken in: last `seq`, and bytes of the file."""
+
+    seq: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a decision ended."""
+
+    ok: bool
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """What is journaled of a process before it may run."""
+
+    attempt: int
+    pid: int
+    boot_id: str
+    starttime: int
+    at_s: float
+    oom_kills: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One transaction."""
+
+    folded: Sequence[Folded] = ()
+    incidents: Mapping[int, str] | None = None
+    cursors: Mapping[int, Cursor] | None = None
+    outcomes: Mapping[int, Outcome] | None = None
+    meta: Mapping[str, str] | None = None
+    snapshot: bytes | None = None
+
+
+class Journal:
+    """run.db. Every writing method is one durable transaction and raises `JournalWriteError` if it could not be."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._db = connection
+        self._db.row_factory = sqlite3.Row
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open for writing, and create it if there is none.
+
+        Raises:
+            NetworkFilesystemError: locks and fsync can't be trusted there.
+            JournalError: it is damaged, foreign, or of a newer version.
+        """
+        refuse_network_filesystem(path.parent)
+        with _meaning(path):
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=True)
+        try:
+            with _meaning(path):
+                path.chmod(0o600)
+                connection.execute(f"PRAGMA busy_timeout = {_READ_WAIT_MS}")
+                _prepare(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+        return cls(connection, path)
+
+    @classmethod
+    def read_only(cls, path: Path) -> Self:
+        """Open for reading, also while a supervisor writes.
+
+        Raises:
+            JournalError: there is none, or it can't be read.
+        """
+        if not path.exists():
+            raise JournalMissingError(path)
+        with _meaning(path):
+            connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        try:
+            with _meaning(path):
+                connection.execute(f"PRAGMA busy_timeout = {_READ_WAIT_MS}")
+                _check_identity(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+        return cls(connection, path)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._db.close()
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def commit(self, batch: Batch) -> list[StoredDecision]:
+        """Make one batch durable and return its decisions, numbered, in order."""
+        stored: list[StoredDecision] = []
+        with self._transaction():
+            for folded in batch.folded:
+                seq = self._event(folded.event)
+                stored += [self._decision(seq, decision) for decision in folded.decisions]
+            for number, text in (batch.incidents or {}).items():
+                self._db.execute("INSERT OR REPLACE INTO incidents VALUES (?, ?)", (number, text))
+            for attempt, cursor in (batch.cursors or {}).items():
+                row = (attempt, cursor.seq, cursor.offset)
+                self._db.execute("INSERT OR REPLACE INTO cursors VALUES (?, ?, ?)", row)
+            for number, outcome in (batch.outcomes or {}).items():
+                status = "done" if outcome.ok else "failed"
+                self._db.execute(
+                    "UPDATE decisions SET status = ?, outcome = ? WHERE id = ?", (status, outcome.text, number)
+                )
+            for key, value in (batch.meta or {}).items():
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+            if batch.snapshot is not None:
+                self._snapshot(batch.snapshot)
+        return stored
+
+    def record_spawn(self, spawned: Spawned) -> None:
+        """A process exists and waits for its release. Done again for the same attempt, the newer process counts."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO attempts(attempt, pid, boot_id, starttime, spawned_at_s, oom_kills) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (spawned.attempt, spawned.pid, spawned.boot_id, spawned.starttime, spawned.at_s, spawned.oom_kills),
+            )
+
+    def notify(self, stored: StoredDecision, at_s: float, level: str, title: str, text: str) -> None:
+        """Write a notification down; the same decision again changes nothing."""
+        row = (stored.id, at_s, level, title, text, stored.decision.incident)
+        with self._transaction():
+            self._db.execute("INSERT OR IGNORE INTO notifications VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def _event(self, event: Event) -> int:
+        text = event.model_dump_json()
+        seq = self._db.execute(
+            "INSERT INTO events(at_s, kind, json) VALUES (?, ?, ?)", (event.at_s, event.kind, text)
+        ).lastrowid
+        assert seq is not None
+        match event:
+            case RecordReceived(record=StepRecord() as record):
+                self._step(record)
+            case RecordReceived(record=StartedRecord() as record):
+                self._db.execute(
+                    "UPDATE attempts SET started_step = ?, loaded = ?, replay = ? WHERE attempt = ?",
+                    (record.step, record.loaded, record.replay, record.attempt),
+                )
+            case AttemptExited():
+                self._db.execute(
+                    "UPDATE attempts SET ended_at_s = ?, cause = ?, code = ?, signum = ?, detail = ? WHERE attempt = ?",
+                    (event.at_s, event.cause, event.code, event.signum, event.detail, event.attempt),
+                )
+            case _:
+                pass  # the other kinds have no table of their own
+        return seq
+
+    def _step(self, record: StepRecord) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                record.attempt, record.step, record.loss, record.grad_norm, record.lr, record.tokens,
+                record.data.begin, record.data.end, record.at_s, record.model_dump_json(),
+            ),
+        )  # fmt: skip
+
+    def _decision(self, event_seq: int, decision: Decision) -> StoredDecision:
+        number = self._db.execute(
+            "INSERT INTO decisions(event_seq, kind, json) VALUES (?, ?, ?)",
+            (event_seq, decision.kind, decision.model_dump_json()),
+        ).lastrowid
+        assert number is not None
+        return StoredDecision(number, decision)
+
+    def _snapshot(self, snapshot: bytes) -> None:
+        self._db.execute("INSERT OR REPLACE INTO snapshots SELECT COALESCE(MAX(seq), 0), ? FROM events", (snapshot,))
+        kept = self._db.execute(
+            "SELECT event_seq FROM snapshots ORDER BY event_seq DESC LIMIT ?", (_KEEP_SNAPSHOTS,)
+        ).fetchall()
+        if len(kept) == _KEEP_SNAPSHOTS:
+            oldest = kept[-1]["event_seq"]
+            self._db.execute("DELETE FROM snapshots WHERE event_seq < ?", (oldest,))
+            self._db.execute("DELETE FROM events WHERE seq < ? AND kind IN ('record_received', 'ticked')", (oldest,))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise JournalWriteError(self.path, str(error)) from error
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def newest_snapshot(self) -> tuple[int, bytes | None]:
+        """Number of the last event it contains, and the snapshot; (0, None) if there is none."""
+        rows = self._rows("SELECT event_seq, json FROM snapshots ORDER BY event_seq DESC LIMIT 1")
+        return (rows[0]["event_seq"], bytes(rows[0]["json"])) if rows else (0, None)
+
+    def events(self, after: int = 0) -> Iterator[Event]:
+        """Events after a number, in order."""
+        with _meaning(self.path):
+            for row in self._db.execute("SELECT json FROM events WHERE seq > ? ORDER BY seq", (after,)):
+                yield EVENTS.validate_json(row["json"])
+
+    def pending(self) -> list[StoredDecision]:
+        """Decisions that were not carried out to their end, oldest first."""
+        rows = self._rows("SELECT id, json FROM decisions WHERE status = 'pending' ORDER BY id")
+        return [StoredDecision(row["id"], DECISIONS.validate_json(row["json"])) for row in rows]
+
+    def decisions(self) -> list[sqlite3.Row]:
+        """All decisions: id, event_seq, kind, json, status, outcome."""
+        return self._rows("SELECT * FROM decisions ORDER BY id")
+
+    def attempts(self) -> list[sqlite3.Row]:
+        """All attempts, with the facts of their spawn and their exit."""
+        return self._rows("SELECT * FROM attempts ORDER BY attempt")
+
+    def last_attempt(self) -> sqlite3.Row | None:
+        """The newest attempt."""
+        rows = self._rows("SELECT * FROM attempts ORDER BY attempt DESC LIMIT 1")
+        return rows[0] if rows else None
+
+    def hang_confirmed(self, attempt: int) -> bool:
+        """Whether this attempt was found to hang."""
+        found = self._rows(
+            "SELECT 1 FROM events WHERE kind = 'hang_confirmed' AND json_extract(json, '$.attempt') = ?", attempt
+        )
+        return bool(found)
+
+    def cursor(self, attempt: int) -> Cursor:
+        """How far an attempt's records were taken in."""
+        rows = self._rows("SELECT seq, offset FROM cursors WHERE attempt = ?", attempt)
+        return Cursor(rows[0]["seq"], rows[0]["offset"]) if rows else Cursor()
+
+    def incidents(self) -> list[dict[str, Any]]:
+        """All incidents as last written, oldest first."""
+        return [json.loads(row["json"]) for row in self._rows("SELECT json FROM incidents ORDER BY id")]
+
+    def steps(self, *, surviving: bool = False) -> list[sqlite3.Row]:
+        """All steps that were run, or those that survive (DESIGN 5), in order."""
+        return self._rows(_SURVIVING if surviving else "SELECT * FROM steps ORDER BY attempt, step")
+
+    def notifications(self) -> list[sqlite3.Row]:
+        """All notifications: decision, at_s, level, title, text, incident."""
+        return self._rows("SELECT * FROM notifications ORDER BY decision")
+
+    def meta(self, key: str) -> str | None:
+        """A single fact: `status` and `totals` are written with every batch."""
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
+        return str(rows[0]["value"]) if rows else None
+
+    def _rows(self, query: str, *parameters: object) -> list[sqlite3.Row]:
+        with _meaning(self.path):
+            return self._db.execute(query, parameters).fetchall()
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if tables:
+        _check_identity(connection, path)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    if not tables:
+        connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+    elif path.stat().st_size <= _CHECK_UP_TO_BYTES:
+        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise JournalCorruptError(path, str(verdict))
+
+
+def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if application != _APPLICATION_ID:
+        raise JournalForeignError(path)
+    if version != _VERSION:
+        raise JournalVersionError(path, f"format {version}, this one knows {_VERSION}")
+
+
+@contextmanager
+def _meaning(path: Path) -> Iterator[None]:
+    """Which of our errors an error of SQLite is, when opening and reading."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise JournalWriteError(path, str(error)) from error
+    except sqlite3.DatabaseError as error:
+        raise JournalCorruptError(path, str(error)) from error

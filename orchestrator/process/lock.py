@@ -1,0 +1,135 @@
+"""The two flocks of a run: one supervisor at a time, and no new attempt while a process of an old one lives.
+
+The child's lock is taken on a descriptor that the child inherits, so the kernel releases it only when the last process
+that holds the descriptor is gone: SIGKILL, setsid and double forks make no difference.
+"""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from orchestrator.errors import ChildLockHeldError, RunHeldError
+
+
+class Holder(BaseModel):
+    """What the lock file says of the supervisor that holds it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int
+    host: str
+    since: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.host} since {self.since}"
+
+
+class RunLock:
+    """The lock of the one supervisor, held until `release` or the end of the process."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            RunHeldError: another supervisor holds it.
+        """
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = read_holder(path)
+            os.close(self._descriptor)
+            raise RunHeldError(path, str(holder) if holder else "a process that has not said its name") from None
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        body = Holder(pid=os.getpid(), host=socket.gethostname(), since=since).model_dump_json()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, body.encode(), 0)
+
+    def release(self) -> None:
+        """Give the run back."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.release()
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who took the lock last; whether it is still held, only `is_held` knows."""
+    try:
+        return Holder.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def is_held(path: Path) -> bool:
+    """Whether a supervisor has the run now."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def take_child_lock(path: Path) -> int:
+    """A descriptor that holds the lock, to be inherited by the child and then closed here.
+
+    Raises:
+        ChildLockHeldError: a process of an earlier attempt still has it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ChildLockHeldError(tuple(holders(path))) from None
+    return descriptor
+
+
+def is_free(path: Path) -> bool:
+    """Whether no process of any attempt holds the child's lock."""
+    try:
+        os.close(take_child_lock(path))
+    except ChildLockHeldError:
+        return False
+    return True
+
+
+def holders(path: Path) -> Iterator[int]:
+    """Pids that have the file open, other than our own; processes of other users can't be seen."""
+    try:
+        wanted = path.stat()
+    except FileNotFoundError:
+        return
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal() and int(process.name) != os.getpid() and _has_open(process, wanted):
+            yield int(process.name)
+
+
+def _has_open(process: Path, wanted: os.stat_result) -> bool:
+    try:
+        for entry in (process / "fd").iterdir():
+            try:
+                found = entry.stat()
+            except OSError:
+                continue  # closed in the meantime, or a socket
+            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return False  # gone, or not ours
+    return False
