@@ -1,0 +1,115 @@
+"""Which raw positions a batch takes: skips jumped over, quarantined shards left out, deferred samples read at the end.
+
+Pure. Positions are absolute, so that restarts and changes of batch or world size shift nothing. Nothing that is skipped
+or quarantined is read where it lies. A skip with `then: defer` is read once the run is past its planned end: from
+position `planned` on, the i-th position reads the i-th deferred one, so that a single-epoch run does not run dry.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.contract.plan import Quarantine, SkipRange
+from trainer.data.order import I64
+
+Bools = npt.NDArray[np.bool_]
+
+ShardOf = Callable[[I64], I64]
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """A batch: the raw positions `[begin, end)` it used up, and for each sample where it lies in the raw order."""
+
+    positions: I64
+    sources: I64
+    shards: I64
+    begin: int
+    end: int
+
+
+def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in order, those that touch or overlap as one."""
+    result: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if result and begin <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((begin, end))
+    return result
+
+
+class Cursor:
+    """Walks the raw order under a plan."""
+
+    def __init__(self, shard_of: ShardOf, position: int = 0, planned: int | None = None) -> None:
+        self.position = position
+        self._shard_of = shard_of
+        self._planned = planned
+        self._skips: list[tuple[int, int]] = []
+        self._deferred: I64 = np.empty(0, dtype=np.int64)
+        self._quarantines: dict[int, int] = {}
+
+    def apply(self, skips: tuple[SkipRange, ...], quarantines: tuple[Quarantine, ...]) -> None:
+        """Take over a plan's skips and quarantines."""
+        self._skips = merged([(skip.begin, skip.end) for skip in skips])
+        self._quarantines = {}
+        for quarantine in quarantines:
+            known = self._quarantines.get(quarantine.shard, quarantine.from_position)
+            self._quarantines[quarantine.shard] = min(known, quarantine.from_position)
+        deferred = merged([(skip.begin, skip.end) for skip in skips if skip.then == "defer"])
+        dropped = merged([(skip.begin, skip.end) for skip in skips if skip.then == "drop"])
+        parts = [np.arange(begin, end, dtype=np.int64) for begin, end in deferred]
+        values = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        for begin, end in dropped:
+            values = values[(values < begin) | (values >= end)]
+        self._deferred = values if self._planned is None else values[values < self._planned]
+
+    def take(self, count: int) -> Take:
+        """The next `count` samples; the cursor stands behind the last one."""
+        begin = self.position
+        positions: list[I64] = []
+        sources: list[I64] = []
+        shards: list[I64] = []
+        missing = count
+        while missing:
+            candidates = self._run(missing)
+            source = self._sources(candidates)
+            shard = self._shard_of(source)
+            wanted = ~self._quarantined(candidates, shard)
+            positions.append(candidates[wanted])
+            sources.append(source[wanted])
+            shards.append(shard[wanted])
+            missing -= int(wanted.sum())
+        return Take(np.concatenate(positions), np.concatenate(sources), np.concatenate(shards), begin, self.position)
+
+    def _run(self, most: int) -> I64:
+        """Up to `most` positions in a row from here, jumping over skips first; the cursor moves behind them."""
+        start = self.position
+        for begin, end in self._skips:
+            if begin <= start < end:
+                start = end
+        next_skip = next((begin for begin, _ in self._skips if begin > start), start + most)
+        stop = min(start + most, next_skip)
+        if self._planned is not None and start < self._planned:
+            stop = min(stop, self._planned)
+        self.position = stop
+        return np.arange(start, stop, dtype=np.int64)
+
+    def _sources(self, positions: I64) -> I64:
+        """Past the planned end, deferred positions are read first."""
+        if self._planned is None or not self._deferred.size:
+            return positions
+        index = positions - self._planned
+        late = (index >= 0) & (index < self._deferred.size)
+        result = positions.copy()
+        result[late] = self._deferred[index[late]]
+        return result
+
+    def _quarantined(self, positions: I64, shards: I64) -> Bools:
+        out = np.zeros(positions.shape, dtype=np.bool_)
+        for shard, from_position in self._quarantines.items():
+            out |= (shards == shard) & (positions >= from_position)
+        return out

@@ -1,0 +1,61 @@
+"""What can be wrong with token data. Every error says which shard, states the fact, then the remedy.
+
+The trainer leaves with exit code DATA on any of them; preflight collects them, so that all are told at once.
+"""
+
+
+class DataError(Exception):
+    """The data cannot be used as it is. `shard` names the file, if one is to blame; `remedy` says what to do."""
+
+    def __init__(self, what: str, remedy: str, shard: str | None = None) -> None:
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
+        self.remedy = remedy
+        self.shard = shard
+
+
+class StorageError(DataError):
+    """The place of the data cannot be read or written: unreachable, denied, read-only or full."""
+
+
+class EmptyDataError(DataError):
+    """There is nothing to read: no shards, or none long enough for a single sample."""
+
+
+class ShardMissingError(DataError):
+    """A shard that the manifest names is not there."""
+
+
+class ShardTruncatedError(DataError):
+    """A shard's size or content is not what its header or the manifest says."""
+
+
+class ShardFormatError(DataError):
+    """A shard is in no format that can be read here, or not in the one that was announced."""
+
+
+class TokenRangeError(DataError):
+    """A token lies outside the vocabulary: the shard was made with another tokenizer, or read with a wrong dtype."""
+
+    def __init__(self, shard: str, sample: int | None, token: int, vocab_size: int) -> None:
+        where = f"shard {shard}" if sample is None else f"shard {shard}, sample {sample}"
+        super().__init__(
+            f"{where}: token {token} is outside the vocabulary of {vocab_size}",
+            "check the shard's dtype and tokenizer (data.format, data.vocab_size), prepare it again, or quarantine it",
+            shard,
+        )
+        self.sample = sample
+        self.token = token
+        self.vocab_size = vocab_size
+
+
+class ManifestError(DataError):
+    """The data manifest cannot be read, was changed by hand, or is not the one that the run began with."""
+
+
+class ExhaustedError(DataError):
+    """Skips and quarantines leave nothing to read."""
+
+
+class PrepareError(DataError):
+    """Sources cannot be turned into shards as asked."""

@@ -1,0 +1,163 @@
+"""The data manifest: which shards there are, in which order, and a digest of what they hold. Torch-free.
+
+`longwatch data prepare` writes manifest.json; for a directory without one it is derived from names and headers.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fsspec.core import url_to_fs
+from google_crc32c import value as crc32c
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.contract.config import DataConfig
+from trainer.data.errors import DataError, DataUnreachableError
+from trainer.data.formats import Layout, inspect
+
+MANIFEST_NAME = "manifest.json"
+_SUFFIXES = (".bin", ".npy", ".ds")
+
+
+class Shard(BaseModel):
+    """One file of tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    format: str
+    dtype: str
+    offset: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    crc32c: str | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """For `formats.read_tokens`."""
+        return Layout(self.format, self.dtype, self.offset, self.tokens, self.bytes)
+
+
+class DataManifest(BaseModel):
+    """The shards in their order; a shard's index here is its number everywhere else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = 1
+    vocab_size: int = Field(ge=2)
+    tokenizer: str = ""
+    shards: tuple[Shard, ...] = Field(min_length=1)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all that decides what a raw position reads."""
+        facts = [[shard.name, shard.dtype, shard.tokens, shard.bytes, shard.crc32c] for shard in self.shards]
+        return hashlib.sha256(json.dumps([self.vocab_size, facts]).encode()).hexdigest()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A directory of shards on some filesystem."""
+
+    fs: Any
+    root: str
+    url: str
+
+    @classmethod
+    def of(cls, url: str, storage_options: dict[str, Any]) -> Self:
+        """Open the filesystem of a URL; nothing is read yet."""
+        try:
+            fs, root = url_to_fs(url, **storage_options)
+        except (ValueError, ImportError) as error:
+            raise DataError(f"{url}: {error}", "use a URL that fsspec knows, and install its filesystem") from error
+        return cls(fs, root.rstrip("/"), url)
+
+    def path(self, name: str) -> str:
+        """Of a file in it."""
+        return f"{self.root}/{name}"
+
+
+def load_manifest(place: Place, config: DataConfig) -> DataManifest:
+    """Read manifest.json, or derive it from the shards.
+
+    Raises:
+        DataError: nothing is there, or what is there cannot be used.
+    """
+    try:
+        raw = place.fs.cat_file(place.path(MANIFEST_NAME))
+    except FileNotFoundError:
+        return _derive(place, config)
+    except OSError as error:
+        raise DataUnreachableError(f"{place.url}: {error}", "see whether the place is reachable") from error
+    try:
+        return DataManifest.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{place.url}/{MANIFEST_NAME}: {where}: {first['msg']}", "prepare the data again") from error
+
+
+def _derive(place: Place, config: DataConfig) -> DataManifest:
+    try:
+        names = sorted(path.rsplit("/", 1)[-1] for path in place.fs.ls(place.root, detail=False))
+    except FileNotFoundError as error:
+        raise DataError(f"{place.url}: no such directory", "prepare data into it, or correct the URL") from error
+    except OSError as error:
+        raise DataUnreachableError(f"{place.url}: {error}", "see whether the place is reachable") from error
+    names = [name for name in names if name.endswith(_SUFFIXES)]
+    if not names:
+        raise DataError(
+            f"{place.url}: holds no token shards ({', '.join(_SUFFIXES)})", "run `longwatch data prepare` into it"
+        )
+    if config.vocab_size is None:
+        raise DataError(f"{place.url}: has no {MANIFEST_NAME}, so the vocabulary is unknown", "set data.vocab_size")
+    shards = [_entry(name, inspect(place.fs, place.path(name), config.format)) for name in names]
+    return DataManifest(vocab_size=config.vocab_size, shards=tuple(shards))
+
+
+def _entry(name: str, layout: Layout) -> Shard:
+    return Shard(
+        name=name, format=layout.format, dtype=layout.dtype, offset=layout.offset, tokens=layout.tokens,
+        bytes=layout.bytes,
+    )  # fmt: skip
+
+
+def verify(config: DataConfig, *, deep: bool = False) -> list[DataError]:
+    """Everything that is wrong with the training and validation data, all at once.
+
+    Args:
+        config: the data section.
+        deep: also read every byte and compare checksums, where the manifest has them.
+    """
+    problems: list[DataError] = []
+    for url in filter(None, (config.train, config.validation)):
+        try:
+            place = Place.of(url, config.storage_options)
+            manifest = load_manifest(place, config)
+        except DataError as error:
+            problems.append(error)
+            continue
+        for shard in manifest.shards:
+            problem = _shard_problem(place, shard, deep)
+            problems += [problem] if problem is not None else []
+    return problems
+
+
+def _shard_problem(place: Place, shard: Shard, deep: bool) -> DataError | None:
+    path = place.path(shard.name)
+    try:
+        layout = inspect(place.fs, path, shard.format)  # type: ignore[arg-type]
+        if layout.tokens != shard.tokens or layout.bytes != shard.bytes:
+            fact = f"{path}: has {layout.tokens} tokens, the manifest says {shard.tokens}"
+            return DataError(fact, "bring back the shard that was prepared, or prepare again", shard=shard.name)
+        if deep and shard.crc32c is not None and f"{crc32c(place.fs.cat_file(path)):08x}" != shard.crc32c:
+            return DataError(f"{path}: its checksum is not the manifest's", "bring it back whole", shard=shard.name)
+    except DataError as error:
+        return error
+    return None

@@ -1,0 +1,253 @@
+"""The data as the loop sees it: batches of tokens from a raw position on, read ahead in whole blocks.
+
+torchdata's StatefulDataLoader is the loader around our own stateful sampler; the cursor that a checkpoint keeps is ours
+(its own state takes seconds to a minute to restore at a deep position, and ties a run to its worker count).
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.contract.config import DataConfig
+from trainer.contract.plan import Quarantine, Segment, SkipRange
+from trainer.data.cursor import Cursor, Take
+from trainer.data.errors import DataError
+from trainer.data.formats import read_tokens
+from trainer.data.loader import batches_of
+from trainer.data.manifest import DataManifest, Place, load_manifest
+from trainer.data.order import I64, Order
+
+TokenBatch = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch: tokens (B, T+1); per sequence its raw position and shard; the raw range [begin, end) it used up."""
+
+    tokens: TokenBatch
+    positions: I64
+    shards: I64
+    begin: int
+    end: int
+
+
+class _Source:
+    """Samples of a set of shards: sample i of a shard is tokens [iT, iT + T + 1), so that inputs and targets tile."""
+
+    def __init__(self, url: str, config: DataConfig, sample_tokens: int) -> None:
+        self.place = Place.of(url, config.storage_options)
+        self.manifest = load_manifest(self.place, config)
+        self.sample_tokens = sample_tokens
+        self.shard_samples = tuple(max(0, (s.tokens - 1) // sample_tokens) for s in self.manifest.shards)
+        if not sum(self.shard_samples):
+            raise DataError(
+                f"{url}: no shard holds even one sample of {sample_tokens + 1} tokens",
+                "prepare more data, or lower batch.sequence_tokens",
+            )
+
+    def read(self, shard: int, first: int, count: int) -> TokenBatch:
+        """Samples [first, first + count) of a shard as (count, T + 1) int64, every token within the vocabulary."""
+        entry, length = self.manifest.shards[shard], self.sample_tokens
+        raw = read_tokens(self.place.fs, self.place.path(entry.name), entry.layout, first * length, count * length + 1)
+        tokens = raw.astype(np.int64)
+        bad = np.flatnonzero((tokens >= self.manifest.vocab_size) | (tokens < 0))
+        if bad.size:
+            sample = first + int(bad[0]) // length
+            raise DataError(
+                f"{entry.name}: token {tokens[bad[0]]} of sample {sample} is outside the vocabulary of "
+                f"{self.manifest.vocab_size}",
+                "prepare the shard with the tokenizer of this run, or correct data.vocab_size",
+                shard=entry.name,
+            )
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+        return np.ascontiguousarray(windows)
+
+
+class DataStream:
+    """Training data from a raw position on, under a plan's skips and quarantines.
+
+    Args:
+        config: the data section.
+        sample_tokens: T, inputs of a sample; a row of a batch has T + 1 tokens.
+        segments: the plan's; empty means one segment as configured.
+        skips: raw ranges that are not read where they lie.
+        quarantines: shards that are not read from a position on.
+        position: where to begin.
+        planned_samples: samples that the whole run is planned to take; deferred ones are read from there on.
+
+    Raises:
+        DataError: the data is not there, not whole, or not what the plan's segments were made for.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        sample_tokens: int,
+        segments: tuple[Segment, ...] = (),
+        skips: tuple[SkipRange, ...] = (),
+        quarantines: tuple[Quarantine, ...] = (),
+        position: int = 0,
+        planned_samples: int | None = None,
+    ) -> None:
+        self._source = _Source(config.train, config, sample_tokens)
+        self.manifest: DataManifest = self._source.manifest
+        seed = _seed_of(segments, self.manifest, config, sample_tokens)
+        self._order = Order(self._source.shard_samples, seed, config.block_samples, config.window_blocks)
+        self._blocks = _BlockCache(self._source, self._order, config)
+        self._cursor = Cursor(self._shard_of, position, planned_samples)
+        self._cursor.apply(skips, quarantines)
+        self._wanted = 0
+        self._batches = batches_of(self._take, self._fetch)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of one epoch."""
+        return self._order.total
+
+    @property
+    def shard_samples(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return self._source.shard_samples
+
+    @property
+    def position(self) -> int:
+        """The raw cursor: the first position that is not consumed."""
+        return self._cursor.position
+
+    def next_batch(self, sequences: int) -> Batch:
+        """The next batch.
+
+        Raises:
+            DataError: a shard is missing or damaged, or holds a token outside the vocabulary.
+        """
+        self._wanted = sequences
+        return next(self._batches)
+
+    def apply(self, *, skips: tuple[SkipRange, ...], quarantines: tuple[Quarantine, ...]) -> None:
+        """Another plan, from the current position on."""
+        self._cursor.apply(skips, quarantines)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._blocks.close()
+
+    def _shard_of(self, positions: I64) -> I64:
+        return self._order.shards_of(self._order.samples(positions))[0]
+
+    def _take(self) -> Take:
+        return self._cursor.take(self._wanted)
+
+    def _fetch(self, take: Take) -> Batch:
+        tokens = self._blocks.rows(self._order.samples(take.sources))
+        self._blocks.read_ahead(self._order, take.end)
+        return Batch(tokens, take.positions, take.shards, take.begin, take.end)
+
+
+class _BlockCache:
+    """Whole blocks in memory: those in use, and those read ahead where the place is remote."""
+
+    def __init__(self, source: _Source, order: Order, config: DataConfig) -> None:
+        self._source = source
+        self._order = order
+        self._size = config.block_samples
+        self._window = config.window_blocks * config.block_samples
+        self._ahead = config.read_ahead_blocks
+        self._most = 2 * config.window_blocks + config.read_ahead_blocks + 2
+        self._blocks: OrderedDict[int, TokenBatch | Future[TokenBatch]] = OrderedDict()
+        remote = not _is_local(source.place)
+        self._pool = ThreadPoolExecutor(4, "read-ahead") if remote else None
+
+    def rows(self, samples: I64) -> TokenBatch:
+        """One row of T + 1 tokens for each sample number."""
+        result = np.empty((len(samples), self._source.sample_tokens + 1), dtype=np.int64)
+        numbers = samples // self._size
+        for number in np.unique(numbers):
+            chosen = numbers == number
+            result[chosen] = self._block(int(number))[samples[chosen] - number * self._size]
+        return result
+
+    def read_ahead(self, order: Order, position: int) -> None:
+        """Begin to read the blocks that come next."""
+        if self._pool is None:
+            return
+        upcoming = order.samples(np.arange(position, position + self._ahead * self._size, dtype=np.int64))
+        for number in list(dict.fromkeys((upcoming // self._size).tolist()))[: self._ahead]:
+            if number not in self._blocks:
+                self._keep(number, self._pool.submit(self._read, number))
+
+    def close(self) -> None:
+        """Stop the readers."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _block(self, number: int) -> TokenBatch:
+        found = self._blocks.get(number)
+        if found is None:
+            found = self._read(number)
+            self._keep(number, found)
+        elif isinstance(found, Future):
+            found = found.result()
+            self._blocks[number] = found
+        self._blocks.move_to_end(number)
+        return found
+
+    def _keep(self, number: int, block: "TokenBatch | Future[TokenBatch]") -> None:
+        self._blocks[number] = block
+        while len(self._blocks) > self._most:
+            self._blocks.popitem(last=False)
+
+    def _read(self, number: int) -> TokenBatch:
+        begin = number * self._size
+        end = min(begin + self._size, self._order.total)
+        shards, firsts = self._order.shards_of(np.arange(begin, end, dtype=np.int64))
+        parts = []
+        for shard in np.unique(shards):
+            inside = firsts[shards == shard]
+            parts.append(self._source.read(int(shard), int(inside[0]), len(inside)))
+        return np.concatenate(parts)
+
+
+def validation_batches(config: DataConfig, sample_tokens: int, sequences: int, batch: int) -> Iterator[TokenBatch]:
+    """The held-out samples, the same every time: evenly spread over the validation shards, (up to batch, T + 1) each.
+
+    Raises:
+        DataError: there is no validation data, or it cannot be used.
+    """
+    if config.validation is None:
+        raise DataError("no validation data is configured", "set data.validation")
+    source = _Source(config.validation, config, sample_tokens)
+    order = Order(source.shard_samples, config.seed, config.block_samples, config.window_blocks)
+    count = min(sequences, order.total)
+    samples = np.unique(np.linspace(0, order.total - 1, count).round().astype(np.int64))
+    cache = _BlockCache(source, order, config)
+    try:
+        for begin in range(0, len(samples), batch):
+            yield cache.rows(samples[begin : begin + batch])
+    finally:
+        cache.close()
+
+
+def _seed_of(segments: tuple[Segment, ...], manifest: DataManifest, config: DataConfig, sample_tokens: int) -> int:
+    if not segments:
+        return config.seed
+    if len(segments) > 1:
+        raise DataError("a plan with several data segments", "this version reads one; finish the run with its own data")
+    (segment,) = segments
+    if segment.manifest != manifest.digest or segment.sample_tokens != sample_tokens:
+        raise DataError(
+            f"{config.train}: is not the data that this run began with (digest {manifest.digest[:12]}, plan "
+            f"{segment.manifest[:12]})",
+            "bring the data back, or start a new run",
+        )
+    return segment.seed
+
+
+def _is_local(place: Place) -> bool:
+    protocol = place.fs.protocol
+    names = (protocol,) if isinstance(protocol, str) else tuple(protocol)
+    return bool({"file", "local", "memory"} & set(names))
