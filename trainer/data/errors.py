@@ -14,6 +14,10 @@ class DataError(Exception):
         self.shard = shard
 
 
+class DataUnreachableError(DataError):
+    """The place of the data gave no answer, or none that could be used; the data itself may be sound."""
+
+
 class StorageError(DataError):
     """The place of the data cannot be read or written: unreachable, denied, read-only or full."""
 
