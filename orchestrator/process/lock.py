@@ -7,6 +7,7 @@ that holds the descriptor is gone: SIGKILL, setsid and double forks make no diff
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrator.errors import ChildLockHeldError, RunHeldError
+
+_TRIES = 5
+_TRY_EVERY_S = 0.02
 
 
 class Holder(BaseModel):
@@ -41,9 +45,7 @@ class RunLock:
             RunHeldError: another supervisor holds it.
         """
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(self._descriptor):
             holder = read_holder(path)
             os.close(self._descriptor)
             raise RunHeldError(path, str(holder) if holder else "a process that has not said its name") from None
@@ -61,6 +63,18 @@ class RunLock:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.release()
+
+
+def _taken(descriptor: int) -> bool:
+    """Try for a moment: `is_held` of some onlooker may have the lock for an instant."""
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_TRY_EVERY_S)
+        else:
+            return True
+    return False
 
 
 def read_holder(path: Path) -> Holder | None:

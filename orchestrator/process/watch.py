@@ -90,15 +90,15 @@ def judge(deadlines: DeadlinesConfig, before: Watched, reading: Reading) -> tupl
     silent_s = max(0.0, reading.now_s - current.since_s - current.excused_s)
     verdict: Verdict = "healthy"
     if silent_s > limit_s:
-        confirmed = silent_s > 2 * limit_s and not _excused(current, reading.now_s, phase, limit_s, silent_s)
-        verdict = "confirmed" if confirmed or before_was_confirmed(before, current) else "suspected"
-    changed = verdict != "healthy" and verdict != current.verdict
+        verdict = "suspected"
+        if current.verdict == "confirmed" or (
+            current.verdict == "suspected"  # never at the first look: evidence is captured before anything is killed
+            and silent_s > 2 * limit_s
+            and not _excused(current, reading.now_s, phase, limit_s, silent_s)
+        ):
+            verdict = "confirmed"
+    changed = verdict not in ("healthy", current.verdict)
     return replace(current, verdict=verdict), Judgement(verdict, changed, phase, page.step if page else 0, silent_s)
-
-
-def before_was_confirmed(before: Watched, current: Watched) -> bool:
-    """A confirmed hang stays one until the main loop itself gives a sign."""
-    return before.verdict == "confirmed" and before.sequence == current.sequence
 
 
 def _brought_up_to(before: Watched, reading: Reading) -> Watched:
