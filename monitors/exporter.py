@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "longwatch"
     sys_version = ""
 
-    def do_GET(self) -> None:  # noqa: N802  the name that the standard library calls
+    def do_GET(self) -> None:
         """Serve /metrics; everything else does not exist."""
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(404)

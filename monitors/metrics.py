@@ -156,7 +156,7 @@ class Metrics:
     """The values. Its registry is its own; nothing else of the process is in it."""
 
     def __init__(self, run_id: str, config_digest: str = "", version: str = "") -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry(auto_describe=False)
         self._metrics = {metric.name: self._made(metric) for metric in TABLE}
         info = Gauge(
@@ -167,7 +167,7 @@ class Metrics:
         self._highest_step = 0
 
     def _made(self, metric: Metric) -> Any:
-        kind = Counter if metric.kind == "counter" else Gauge
+        kind: type[Any] = Counter if metric.kind == "counter" else Gauge
         made = kind(PREFIX + metric.name, metric.help, tuple(metric.labels), registry=self.registry)
         for values in product(*metric.labels.values()):
             child = made.labels(*values) if values else made

@@ -53,7 +53,7 @@ class StoreWorker:
         """Results since the last time.
 
         Raises:
-            RuntimeError: the thread died of something that is no store's error: a bug, which must not look like waiting.
+            RuntimeError: the thread died of what is no store's error: a bug, which must not look like waiting.
         """
         if not self._thread.is_alive():
             raise RuntimeError("the store thread has died; its traceback is in the log")
