@@ -1,0 +1,338 @@
+"""The training loop, the only one: steps, and between them whatever is due at a step boundary.
+
+Step N is the Nth update and uses `schedule(N-1)` times the overlays at N. Nothing here decides what a bad loss means;
+the loop reports, obeys commands and leaves when asked. A step's figures are read one step late on a GPU, so that
+the host prepares the next step meanwhile; they are always settled before a boundary's work begins.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+import torch
+
+from monitors.records import (
+    ActivationRecord,
+    EvalRecord,
+    FinishedRecord,
+    PhaseRecord,
+    PlanAppliedRecord,
+    StartedRecord,
+    StepRecord,
+    StepTime,
+)
+from trainer.checkpoint import Health
+from trainer.contract.commands import ApplyPlan, CheckpointNow, Command, CommandReader, EvaluateNow, Leave
+from trainer.contract.exit_codes import ExitCode
+from trainer.contract.liveness import Phase
+from trainer.contract.plan import overlay_factor
+from trainer.data.stream import validation_batches
+from trainer.errors import SaveFailedError
+from trainer.evaluate import evaluate
+from trainer.faults.desk import StepInput
+from trainer.orphan import OrphanWatch
+from trainer.probe import ProbeBatch
+from trainer.recording import StepFacts, started_fields, step_fields
+from trainer.saving import Saver, all_finite, finite_or_none
+from trainer.schedule import lr_at
+from trainer.setup import Machinery, Workplace
+from trainer.state import Progress, TrainingState, collect
+from trainer.step import PendingResult, StepResult
+
+log = structlog.get_logger(__name__)
+
+WARM_UP_STEPS = 5  # the first steps allocate, autotune and fault pages in; they have a deadline of their own
+_PATIENCE_S = 1.0  # so long a save that is due waits for the one before it; then it is put off, and training goes on
+
+Reason = Literal["finished", "preempted", "left", "replay_done", "orphaned"]
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step whose figures may not be on the host yet."""
+
+    facts: StepFacts
+    pending: PendingResult
+    data_s: float
+    launched_s: float
+
+
+class Loop:
+    """One attempt, from its loaded state to its end."""
+
+    def __init__(self, at: Workplace, machinery: Machinery) -> None:
+        self._at = at
+        self._config = at.config
+        self._m = machinery
+        self._replay = machinery.plan.replay
+        self._progress = machinery.start.progress
+        self._overlays = machinery.plan.overlays
+        self._commands = CommandReader(at.paths.commands(machinery.plan.attempt))
+        self._orphan = OrphanWatch(at.reporter, at.config.deadlines.orphan_s)
+        self._probe = ProbeBatch(machinery.stream.manifest.vocab_size, at.config.batch.sequence_tokens)
+        loaded_step = None if machinery.start.loaded is None else self._progress.step
+        self._saver = Saver(machinery.writer, machinery.store, at.reporter, machinery.faults, loaded_step)
+        self._in_flight: deque[_InFlight] = deque()
+        self._lag = 1 if machinery.device.type == "cuda" else 0
+        self._last: StepResult | None = None
+        self._clock_s = time.monotonic()
+        self._phase: Phase | None = None
+        self._steps_run = 0
+        self._save_due = False
+        self._evaluated_step: int | None = None
+        self._leaving: Reason | None = None
+
+    @property
+    def step(self) -> int:
+        """Updates done so far."""
+        return self._progress.step
+
+    def run(self) -> ExitCode:
+        """Train to the end, or until asked to leave; records, checkpoints and the exit code are the result.
+
+        Raises:
+            DataError: the data is not as its manifest says.
+            SaveFailedError: a checkpoint without which the attempt is worth nothing could not be committed.
+        """
+        last_step = self._replay.to_step if self._replay is not None else self._config.steps
+        self._begin()
+        while self._leaving is None and self.step < last_step:
+            self._train_one()
+            self._boundary()
+        return self._end()
+
+    def close(self) -> None:
+        """Release data and mailbox; wait for a save that is under way."""
+        self._saver.close(self._config.deadlines.save)
+        self._m.stream.close()
+        self._commands.close()
+
+    # Beginning and end
+
+    def _begin(self) -> None:
+        self._at.liveness.beat(self.step)
+        probe_loss = self._probe.loss(self._m.model, self._m.precision)
+        self._at.reporter.emit(StartedRecord, **started_fields(self._at, self._m, probe_loss))
+        if self._m.start.loaded is None:
+            self._save()
+            self._saver.flush(self._config.deadlines.save)
+            if self._saver.saved_step != 0:
+                raise SaveFailedError(0, self._saver.last_error)
+        self._obey()
+        self._enter(Phase.COMPILE if self._config.compile else Phase.WARM_UP)
+        self._clock_s = time.monotonic()
+
+    def _end(self) -> ExitCode:
+        self._settle()
+        if self._leaving is None and self._replay is not None:
+            return self._finish("replay_done", ExitCode.REPLAY_DONE)
+        if self._leaving == "left":
+            return self._finish("left", ExitCode.LEFT)
+        saved = self._save_for_good()
+        if self._leaving is None:
+            if not saved:
+                raise SaveFailedError(self.step, self._saver.last_error)
+            return self._finish("finished", ExitCode.FINISHED)
+        if not saved:  # nothing newer than the last commit is there, so this is no preemption with a checkpoint
+            return self._finish("left", ExitCode.LEFT)
+        return self._finish(self._leaving, ExitCode.ORPHANED if self._leaving == "orphaned" else ExitCode.PREEMPTED)
+
+    def _save_for_good(self) -> bool:
+        """Have the state of the last step committed before the process ends, and evaluate it if training is done."""
+        if self._replay is not None:
+            return False
+        deadline_s = self._config.deadlines.save
+        self._saver.flush(deadline_s)
+        if self._saver.saved_step != self.step:
+            self._save(even_if_skipped=True)
+        if self._leaving is None and self._evaluated_step != self.step and self._steps_run:
+            self._evaluate(None)
+        self._enter(Phase.SAVE)
+        self._saver.flush(deadline_s)
+        return self._saver.saved_step == self.step
+
+    def _finish(self, reason: Reason, code: ExitCode) -> ExitCode:
+        self._enter(Phase.LEAVE)
+        self._at.reporter.emit(FinishedRecord, step=self.step, reason=reason)
+        log.info("leaving", step=self.step, reason=reason)
+        return code
+
+    # One update
+
+    def _train_one(self) -> None:
+        config, number = self._config, self.step + 1
+        begun_s = time.monotonic()
+        batch = self._m.stream.next_batch(config.batch.sequences)
+        given = StepInput(batch.tokens, batch.positions, batch.shards)
+        given = self._m.faults.before_step(number, batch.begin, batch.end, given)
+        planned = lr_at(number - 1, config.schedule, config.optimizer.peak_lr, config.steps)
+        planned *= overlay_factor(self._overlays, number) * given.planned_factor
+        lr = planned * given.applied_factor
+        tokens = torch.from_numpy(given.tokens)
+        launched_s = time.monotonic()
+        pending = self._m.step(tokens, lr, ratios=self._wants_ratios(number), details=self._wants_details(number))
+        trained = tokens.shape[0] * (tokens.shape[1] - 1)
+        facts = StepFacts(number, batch.begin, batch.end, batch.positions, batch.shards, trained, lr, planned)
+        self._in_flight.append(_InFlight(facts, pending, launched_s - begun_s, launched_s))
+        self._progress = Progress(number, self._progress.tokens + trained, batch.end, self._progress.skipped_updates)
+        self._settle(self._lag)
+        self._steps_run += 1
+        self._at.liveness.beat(number)
+        if self._phase in (Phase.COMPILE, Phase.WARM_UP):
+            self._enter(Phase.TRAIN if self._steps_run >= WARM_UP_STEPS else Phase.WARM_UP)
+
+    def _wants_ratios(self, number: int) -> bool:
+        return number % self._config.monitor.update_ratio_every == 0
+
+    def _wants_details(self, number: int) -> bool:
+        capture = self._replay is not None and self._replay.capture
+        return capture or number % self._config.monitor.details_every == 0
+
+    def _settle(self, leave: int = 0) -> None:
+        """Read and report steps until at most `leave` are in flight."""
+        while len(self._in_flight) > leave:
+            done = self._in_flight.popleft()
+            result = done.pending.read()
+            read_s = time.monotonic()
+            compute = read_s - max(done.launched_s, self._clock_s)
+            other = max(0.0, read_s - self._clock_s - done.data_s - compute)
+            self._clock_s = read_s
+            self._tell(done.facts, result, StepTime(data=done.data_s, compute=compute, other=other))
+            self._last = result
+            if result.skipped:
+                skipped = self._progress.skipped_updates + 1
+                self._progress = Progress(self.step, self._progress.tokens, self._progress.position, skipped)
+
+    def _tell(self, facts: StepFacts, result: StepResult, times: StepTime) -> None:
+        reporter = self._at.reporter
+        reporter.emit(StepRecord, **step_fields(facts, result, times, replay=self._replay is not None))
+        if result.details is not None:
+            reporter.emit(ActivationRecord, step=facts.step, groups=result.details.activations)
+
+    # Boundaries
+
+    def _boundary(self) -> None:
+        """Whatever is due between two steps."""
+        config = self._config
+        if self._replay is None:
+            self._save_due |= self.step % config.checkpoint.every_steps == 0
+            last = self.step == config.steps
+            if self._save_due and not last and self._ready_to_save():
+                self._save()
+            if self.step % config.evaluate.every_steps == 0 and not last:
+                self._evaluate(None)
+            self._saver.poll()
+        self._obey()
+
+    def _obey(self) -> None:
+        """Commands, signals and the orphan rule; the first that says leave has its way."""
+        for command in self._commands.poll():
+            self._carry_out(command)
+        if self._leaving is None and self._at.stop:
+            self._leaving = "preempted"
+        if self._leaving is None and self._orphan.is_orphan():
+            self._leaving = "orphaned"
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case CheckpointNow():
+                self._save_due = self._replay is None
+                if self._save_due and self._ready_to_save():
+                    self._save()
+            case EvaluateNow():
+                self._evaluate(command.id)
+            case ApplyPlan():
+                self._settle()
+                self._overlays = command.update.overlays
+                self._m.stream.apply(skips=command.update.skips, quarantines=command.update.quarantines)
+                position = self._progress.position
+                self._at.reporter.emit(PlanAppliedRecord, step=self.step, position=position, command=command.id)
+            case Leave():
+                self._leaving = "preempted" if command.save else "left"
+                log.info("asked_to_leave", save=command.save, because=command.because)
+
+    def _evaluate(self, command: int | None) -> None:
+        """Evaluate on the held-out samples; given up, without a record, if the attempt is to leave meanwhile."""
+        config = self._config
+        if config.data.validation is None:
+            if command is not None:
+                log.warning("evaluation_impossible", command=command, why="data.validation is not set")
+            return
+        phase = self._phase
+        self._settle()
+        self._enter(Phase.EVALUATE)
+        sequences = config.batch.micro_sequences or config.batch.sequences
+        batches = validation_batches(config.data, config.batch.sequence_tokens, config.evaluate.sequences, sequences)
+        found = evaluate(
+            self._m.model, batches, self._m.precision, hook=self._m.hook, interrupted=lambda: bool(self._at.stop)
+        )
+        if found is not None:
+            self._evaluated_step = self.step
+            self._at.reporter.emit(
+                EvalRecord,
+                step=self.step,
+                loss=found.loss,
+                perplexity=found.perplexity,
+                seconds=found.seconds,
+                command=command,
+                metrics=found.metrics,
+            )
+        self._back_to(phase)
+
+    # Saving
+
+    def _ready_to_save(self) -> bool:
+        """Whether a snapshot can be taken now; what is due stays due until it is."""
+        return self._m.writer.flush(_PATIENCE_S)
+
+    def _save(self, *, even_if_skipped: bool = False) -> None:
+        """Snapshot the state of this step, unless it is saved already, or not finite."""
+        self._save_due = False
+        self._settle()
+        self._saver.poll()
+        if self._saver.saved_step == self.step:
+            return
+        phase = self._phase
+        self._enter(Phase.SAVE)
+        if self._last is not None and self._last.skipped and not even_if_skipped:
+            self._saver.refuse(self.step, "the last update was not finite, so this is no state to come back to")
+        elif not all_finite(state := self._collect()):
+            self._saver.refuse(self.step, "the state is not finite")
+        else:
+            self._saver.save(self.step, state, self._health())
+        self._back_to(phase)
+
+    def _collect(self) -> TrainingState:
+        facts = {
+            "overlays": [overlay.model_dump() for overlay in self._overlays],
+            "precision": self._m.precision.name,
+            "deterministic": self._config.deterministic,
+            "compile": self._config.compile,
+        }
+        core = self._m.step
+        return collect(core.model, core.optimizer, core.scaler, self._progress, self._m.plan.branch, facts)
+
+    def _health(self) -> Health:
+        last = self._last
+        return Health(
+            loss=finite_or_none(last.loss if last else None),
+            grad_norm=finite_or_none(last.grad_norm if last else None),
+            probe_loss=finite_or_none(self._probe.loss(self._m.model, self._m.precision)),
+        )
+
+    # Phases
+
+    def _enter(self, phase: Phase) -> None:
+        if phase is self._phase:
+            return
+        self._phase = phase
+        self._at.liveness.enter(phase)
+        self._at.reporter.emit(PhaseRecord, phase=phase.value, step=self.step)
+
+    def _back_to(self, phase: Phase | None) -> None:
+        """The phase before a boundary's work; its time counts for no step."""
+        if phase is not None:
+            self._enter(phase)
+        self._clock_s = time.monotonic()

@@ -1,0 +1,160 @@
+"""`python -m trainer.preflight --config FILE [--json]`: what can be known to be wrong before training starts.
+
+Looks at data, store and disk, names every problem at once with its remedy, and exits 2 if there is one. Torch-free,
+so that the supervisor can ask in a fraction of a second; changes nothing but a probe object that it removes again.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from trainer.contract.config import RunConfig
+from trainer.contract.exit_codes import ExitCode
+from trainer.contract.store import StoreError, open_store
+from trainer.data.errors import DataError
+from trainer.data.manifest import DataManifest, Place, load_manifest, verify
+
+_MAX_CONFIG_BYTES = 1 << 20
+_STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in fp32
+_LOCAL = ("", "file", "local")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, and what to do about it."""
+
+    where: str
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.remedy}" if self.remedy else f"{self.where}: {self.what}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, say what is wrong, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.preflight", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="run.yaml")
+    parser.add_argument("--json", action="store_true", help='print {"problems": [...]} instead of lines')
+    arguments = parser.parse_args(argv)
+    problems = check_file(arguments.config)
+    if arguments.json:
+        sys.stdout.write(json.dumps({"problems": [asdict(problem) for problem in problems]}) + "\n")
+    else:
+        sys.stdout.writelines(f"{problem}\n" for problem in problems)
+    return ExitCode.CONFIG if problems else ExitCode.FINISHED
+
+
+def check_file(path: Path) -> list[Problem]:
+    """Every problem of the run that a file describes."""
+    try:
+        raw = path.read_bytes()
+        if len(raw) > _MAX_CONFIG_BYTES:
+            return [Problem("config", f"{path} is larger than {_MAX_CONFIG_BYTES} bytes", "name a run.yaml")]
+        config = RunConfig.model_validate(YAML(typ="safe", pure=True).load(raw))
+    except OSError as error:
+        return [Problem("config", f"{path}: {error.strerror}", "name a run.yaml that can be read")]
+    except YAMLError as error:
+        return [Problem("config", f"{path} is not YAML: {error}", "correct it")]
+    except ValidationError as error:
+        return [
+            Problem("config", f"{'.'.join(str(part) for part in row['loc'])}: {row['msg']}", "correct it")
+            for row in error.errors()
+        ]
+    base = path.absolute().parent
+    return check(config, base, Path(config.run_dir) if config.run_dir is not None else base)
+
+
+def check(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Problem]:
+    """Every problem of a configuration. Relative stores are below `base_dir`."""
+    return [*data_problems(config), *store_problems(config, base_dir), *disk_problems(config, base_dir, run_dir)]
+
+
+def data_problems(config: RunConfig) -> list[Problem]:
+    """Shards that are missing, truncated or not what the manifest says; too little data; too small a vocabulary."""
+    problems = [Problem("data", error.what, error.remedy) for error in verify(config.data)]
+    for url in filter(None, (config.data.train, config.data.validation)):
+        manifest = _manifest_of(url, config)
+        if manifest is not None:
+            problems += _fit_problems(url, manifest, config)
+    return problems
+
+
+def _manifest_of(url: str, config: RunConfig) -> DataManifest | None:
+    """None if it cannot be read, which `verify` has said already."""
+    try:
+        return load_manifest(Place.of(url, config.data.storage_options), config.data)
+    except DataError:
+        return None
+
+
+def _fit_problems(url: str, manifest: DataManifest, config: RunConfig) -> list[Problem]:
+    problems = []
+    length = config.batch.sequence_tokens
+    if not any(shard.tokens > length for shard in manifest.shards):
+        what = f"{url}: no shard holds even one sample of {length + 1} tokens"
+        problems.append(Problem("data", what, "prepare more data, or lower batch.sequence_tokens"))
+    ours = config.model.vocab_size
+    if ours is not None and ours < manifest.vocab_size:
+        what = f"model.vocab_size {ours} is less than the {manifest.vocab_size} of {url}"
+        problems.append(Problem("data", what, "raise it, or leave it out"))
+    return problems
+
+
+def store_problems(config: RunConfig, base_dir: Path) -> list[Problem]:
+    """A store that is not there, not writable, full, or that ignores create-only writes."""
+    try:
+        store = open_store(config.store, base_dir, config.name)
+        try:
+            store.probe()
+        finally:
+            store.close()
+    except StoreError as error:
+        return [Problem("store", str(error), "")]
+    return []
+
+
+def disk_problems(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Problem]:
+    """A run directory that cannot be written, or too little room for checkpoints."""
+    existing = _nearest_existing(run_dir)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [Problem("disk", f"{existing} is not writable", "change its owner, or set run_dir to another place")]
+    one = _STATE_BYTES * parameters_of(config)
+    needed = {existing: one}  # each save passes through the run directory
+    protocol, _, rest = config.store.url.rpartition("://")
+    if protocol in _LOCAL:
+        store_dir = _nearest_existing(base_dir / rest)
+        needed[store_dir] = needed.get(store_dir, 0) + one * (config.checkpoint.keep_good + 1)
+    problems = []
+    for place, num_bytes in needed.items():
+        free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+        if free < num_bytes:
+            what = f"{place} has {free / 1e9:.2f} GB free, checkpoints need about {num_bytes / 1e9:.2f} GB"
+            problems.append(Problem("disk", what, "free some, or keep fewer (checkpoint.keep_good)"))
+    return problems
+
+
+def parameters_of(config: RunConfig) -> int:
+    """About how many parameters the model has: 12 * layers * width^2 and the embedding."""
+    model = config.model
+    vocab = model.vocab_size or config.data.vocab_size or 256
+    return 12 * model.layers * model.width**2 + vocab * model.width
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Builds everything that the loop needs from a configuration and a plan, and loads the state that the plan names.
+
+Order matters: overrides (learning rate, skips, quarantines) come after the load, so that a checkpoint can never bring
+its own values back (OPT's betas, composer#3154). What cannot work is found here, before the first step.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from trainer.checkpoint import CheckpointError, CheckpointWriter, Loaded, StateMismatchError, load_checkpoint
+from trainer.contract.config import RunConfig
+from trainer.contract.liveness import LivenessWriter
+from trainer.contract.paths import RunPaths
+from trainer.contract.plan import ResumePlan
+from trainer.contract.store import Store, open_store
+from trainer.data.manifest import Place, load_manifest
+from trainer.data.stream import DataStream
+from trainer.errors import NoCandidateError, SetupError
+from trainer.evaluate import Hook, load_hook
+from trainer.faults.desk import FaultDesk
+from trainer.faults.injector import Injector
+from trainer.model import GPT, padded_vocab
+from trainer.optim import build_optimizer
+from trainer.precision import Precision, resolve
+from trainer.reporter import Reporter
+from trainer.signals import StopFlag
+from trainer.state import Progress, restore, restore_rng, seed_everything
+from trainer.step import TrainStep
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """What an attempt has before anything is built."""
+
+    config: RunConfig
+    plan: ResumePlan
+    paths: RunPaths
+    reporter: Reporter
+    liveness: LivenessWriter
+    stop: StopFlag
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where training begins: the progress, the commit it comes from, and the candidates that were refused."""
+
+    progress: Progress
+    loaded: Loaded | None
+    condemned: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Machinery:
+    """Everything that the loop drives. `plan` is anchored to the loaded state."""
+
+    plan: ResumePlan
+    start: Start
+    step: TrainStep
+    precision: Precision
+    stream: DataStream
+    store: Store
+    writer: CheckpointWriter
+    faults: FaultDesk
+    hook: Hook | None
+
+    @property
+    def model(self) -> GPT:
+        """The model, uncompiled."""
+        return self.step.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.step.model.parameters()).device
+
+
+def build(at: Workplace) -> Machinery:
+    """Build and load; the next thing is the first step.
+
+    Raises:
+        TrainerError: it cannot be.
+        DataError: the data is not as its manifest says.
+        StoreError: the store cannot be reached.
+    """
+    config = at.config
+    device = configure_torch(config)
+    seed_everything(config.seed)
+    hook = load_hook(config.evaluate.hook)
+    vocab_size = read_vocab_size(config)
+    faults = FaultDesk(Injector(config.faults, at.paths.fault_counts()), at.reporter, at.plan.attempt, vocab_size)
+    precision = resolve(config.precision, device)
+    log.info("precision", name=precision.name, why=precision.why, device=str(device))
+    step = build_step(config, vocab_size, device, precision)
+    faults.attach(step)
+    store = open_store(config.store, at.paths.root, at.plan.run_id)
+    start = load(at.plan, store, step)
+    faults.after_load(start.progress.step)
+    plan = at.plan.anchored(start.progress.step, start.progress.position)
+    writer = build_writer(at, faults.wrap(store, config.store.allow_unconditional), start.loaded)
+    faults.is_saving = lambda: writer.busy
+    stream = open_stream(config, plan, start.progress.position)
+    if start.loaded is not None:  # last, because building the parts above may throw dice
+        restore_rng(start.loaded.extra, config.seed, plan.branch)
+    return Machinery(plan, start, step, precision, stream, store, writer, faults, hook)
+
+
+def configure_torch(config: RunConfig) -> torch.device:
+    """Threads, determinism and device, before the first tensor."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = config.launch.threads
+    if threads is not None:  # bits on a CPU depend on the number of threads
+        torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def build_step(config: RunConfig, vocab_size: int, device: torch.device, precision: Precision) -> TrainStep:
+    """Model, optimizer and update step, with initial weights drawn on the CPU (the same on every device)."""
+    size = config.model.vocab_size or padded_vocab(vocab_size)
+    model = GPT(
+        config.model, size, config.batch.sequence_tokens, activation_checkpointing=config.activation_checkpointing
+    ).to(device)
+    return TrainStep(
+        model,
+        build_optimizer(model, config.optimizer),
+        precision=precision,
+        clip_norm=config.optimizer.clip_norm,
+        micro_sequences=config.batch.micro_sequences,
+        scaler=precision.scaler(),
+        forward=torch.compile(model) if config.compile else None,
+    )
+
+
+def read_vocab_size(config: RunConfig) -> int:
+    """The vocabulary of the training data, before anything is built for it.
+
+    Raises:
+        SetupError: the configured model is too small for it.
+        DataError: there is no such data.
+    """
+    found = load_manifest(Place.of(config.data.train, config.data.storage_options), config.data).vocab_size
+    if config.model.vocab_size is not None and config.model.vocab_size < found:
+        what = f"model.vocab_size {config.model.vocab_size} is less than the {found} of the data"
+        raise SetupError(what, "raise it, or leave it out")
+    return found
+
+
+def build_writer(at: Workplace, store: Store, loaded: Loaded | None) -> CheckpointWriter:
+    """The checkpoint writer of this attempt."""
+    return CheckpointWriter(
+        store,
+        run_id=at.plan.run_id,
+        epoch=at.plan.epoch,
+        attempt=at.plan.attempt,
+        config_digest=hashlib.sha256(at.config.model_dump_json().encode()).hexdigest(),
+        scratch_dir=at.paths.root / "scratch",
+        parent=loaded.parent if loaded is not None else None,
+    )
+
+
+def open_stream(config: RunConfig, plan: ResumePlan, position: int) -> DataStream:
+    """The training data from a raw position on."""
+    return DataStream(
+        config.data,
+        sample_tokens=config.batch.sequence_tokens,
+        segments=plan.segments,
+        skips=plan.skips,
+        quarantines=plan.quarantines,
+        position=position,
+        planned_samples=config.steps * config.batch.sequences,
+    )
+
+
+def load(plan: ResumePlan, store: Store, step: TrainStep) -> Start:
+    """Load the first candidate that verifies; none for a fresh start.
+
+    Raises:
+        NoCandidateError: all of them failed.
+        StoreError: the store could not be asked, which condemns nothing.
+    """
+    if plan.fresh:
+        return Start(Progress(), None, ())
+    condemned: list[tuple[str, str]] = []
+    for commit in plan.candidates:
+        try:
+            loaded = load_checkpoint(store, commit)
+            progress = restore(step.model, step.optimizer, step.scaler, loaded.tensors, loaded.extra)
+        except (CheckpointError, StateMismatchError) as error:
+            log.error("candidate_condemned", commit=commit, why=str(error))
+            condemned.append((commit, str(error)))
+            continue
+        log.info("loaded", commit=commit, step=progress.step, position=progress.position)
+        return Start(progress, loaded, tuple(condemned))
+    raise NoCandidateError(tuple(condemned))
