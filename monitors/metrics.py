@@ -189,8 +189,9 @@ class Metrics:
         """All counters that are not 0, as `name{label}`."""
         return {key: child._value.get() for key, child in self._counters() if child._value.get()}
 
-    def restore(self, totals: Mapping[str, float]) -> None:
-        """Go on from saved totals; a counter that exists no more is left out."""
+    def restore(self, totals: Mapping[str, float], step: int) -> None:
+        """Go on from saved totals, with the lineage at `step`; a counter that exists no more is left out."""
+        self._highest_step = step
         for key, child in self._counters():
             child.inc(totals.get(key, 0.0))
 
@@ -261,16 +262,17 @@ class Metrics:
             self._highest_step = record.step
 
     def _step(self, record: StepRecord) -> None:
-        seconds = record.step_time_s
         self.count("steps_total")
-        self.count("tokens_total", by=record.tokens)
-        for part in ("data", "compute", "other"):
-            self.count("step_seconds_total", part, by=_amount(getattr(seconds, part)))
+        self.count("tokens_total", by=record.tokens or 0)
+        if record.step_time_s is not None:
+            for part in ("data", "compute", "other"):
+                self.count("step_seconds_total", part, by=_amount(getattr(record.step_time_s, part)))
         for name, happened in (("clipped_steps_total", record.clipped), ("skipped_steps_total", record.skipped)):
             if happened:
                 self.count(name)
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(getattr(record, name)):
+            value = getattr(record, name)
+            if value is not None and not math.isfinite(value):
                 self.count("nonfinite_total", name)
         self.set("last_step_timestamp_seconds", record.at_s)
         if record.replay:
@@ -279,19 +281,26 @@ class Metrics:
         self.set("loss", record.loss, "train")
         self.set("grad_norm", record.grad_norm)
         self.set("learning_rate", record.lr)
-        self.set("tokens_per_second", record.tokens / seconds.total if seconds.total > 0 else None)
+        self.set("tokens_per_second", _speed(record))
         self._group("update_ratio", record.update_ratio)
         self._group("group_grad_norm", record.grad_norms)
         self._group("attention_logit_max", record.attention_logit_max)
         self._group("second_moment_ratio", record.second_moment_ratio)
-        for name, value in (("log_z", record.log_z), ("loss_scale", record.scaler)):
-            if value is not None:
-                self.set(name, value)
+        if record.log_z is not None:  # taken on a schedule: the last one stands until the next
+            self.set("log_z", record.log_z)
+        if record.scaler is not None:
+            self.set("loss_scale", record.scaler)
 
     def _group(self, name: str, values: Mapping[str, float] | None) -> None:
         for group, value in (values or {}).items():
             if group in LAYER_GROUPS:
                 self.set(name, value, group)
+
+
+def _speed(record: StepRecord) -> float | None:
+    if record.tokens is None or record.step_time_s is None or record.step_time_s.total <= 0:
+        return None
+    return record.tokens / record.step_time_s.total
 
 
 def _amount(value: float) -> float:

@@ -245,11 +245,12 @@ class Journal:
         return seq
 
     def _step(self, record: StepRecord) -> None:
+        begin, end = (record.data.begin, record.data.end) if record.data else (None, None)
         self._db.execute(
             "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 record.attempt, record.step, record.loss, record.grad_norm, record.lr, record.tokens,
-                record.data.begin, record.data.end, record.at_s, record.model_dump_json(),
+                begin, end, record.at_s, record.model_dump_json(),
             ),
         )  # fmt: skip
 
