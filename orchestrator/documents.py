@@ -57,6 +57,8 @@ class Problem:
 class ConfigError(OrchestratorError):
     """A document that cannot be used, with every problem found in it."""
 
+    exit_code = 2
+
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in problems))

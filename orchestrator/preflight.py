@@ -1,0 +1,83 @@
+"""What can be known to be wrong before training starts: data, store and disk (asked of the trainer), and the port.
+
+The trainer's own check runs in a process of its own, because it knows the data formats and this package does not.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from orchestrator.config import ResolvedRun
+from orchestrator.documents import Document, Problem
+from orchestrator.errors import OrchestratorError
+from orchestrator.schema_paths import KeyPath
+from trainer.contract.config import MetricsConfig
+
+#: Beyond the store's own deadline: reading manifests and the sizes of shards, on a slow disk.
+_EXTRA_S = 300.0
+_KEYS: dict[str, KeyPath] = {"data": ("data",), "store": ("store",), "disk": ("run_dir",)}
+
+
+class PreflightError(OrchestratorError):
+    """The check itself could not be made."""
+
+    exit_code = 1
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"the check before the start could not be made: {why}; run `longwatch doctor`")
+
+
+def preflight(run: ResolvedRun, *, port: bool = True) -> list[Problem]:
+    """Every problem that can be found without starting, placed in run.yaml.
+
+    Raises:
+        PreflightError: the check could not be made, so nothing is known.
+    """
+    problems = port_problems(run.config.metrics, run.document) if port else []
+    if run.config.launch.command is not None:
+        return problems  # somebody else's trainer knows its own data
+    with tempfile.TemporaryDirectory(prefix="longwatch-") as directory:
+        file = Path(directory) / "run.yaml"
+        file.write_bytes(run.config_json)
+        command = [sys.executable, "-m", "trainer.preflight", "--config", str(file), "--json"]
+        return [*problems, *_ask(command, run)]
+
+
+def port_problems(metrics: MetricsConfig, document: Document) -> list[Problem]:
+    """The port for /metrics, if something else has it."""
+    if not metrics.port:
+        return []
+    family = socket.AF_INET6 if ":" in metrics.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((metrics.host, metrics.port))
+        except OSError as error:
+            message = (
+                f"port {metrics.port} on {metrics.host} cannot be taken ({error.strerror}); "
+                "free it, set metrics.port to 0 for any free one, or to null for none"
+            )
+            return [document.problem(("metrics", "port"), message)]
+    return []
+
+
+def _ask(command: list[str], run: ResolvedRun) -> list[Problem]:
+    limit_s = run.config.store.timeout_s + _EXTRA_S
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+        found = json.loads(done.stdout)["problems"]
+        return [
+            run.document.problem(
+                _KEYS.get(row["where"], ()), f"{row['what']}; {row['remedy']}" if row["remedy"] else str(row["what"])
+            )
+            for row in found
+        ]
+    except subprocess.TimeoutExpired as error:
+        raise PreflightError(f"no answer within {limit_s:.0f} s") from error
+    except (ValueError, KeyError, TypeError) as error:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise PreflightError(f"exit code {done.returncode}: {last}") from error

@@ -1,0 +1,37 @@
+"""What is known of a run, read from its journal alone: for a living run and for one whose supervisor is gone."""
+
+import json
+from contextlib import closing
+from typing import Any
+
+from orchestrator.journal import Journal
+from orchestrator.process.lock import is_held
+from trainer.contract.paths import RunPaths
+
+_ACTIVE = frozenset({"starting", "running", "recovering"})
+_NOT_SHOWN = frozenset({"suspected", "dismissed"})  # not yet, or no longer, believed to be incidents
+
+
+def run_status(paths: RunPaths) -> dict[str, Any]:
+    """The facts that `longwatch status --json` prints.
+
+    A run that says it is active while neither its supervisor nor any process of an attempt lives has stopped.
+
+    Raises:
+        JournalError: there is no journal, or it can't be read.
+    """
+    with closing(Journal.read_only(paths.database)) as journal:
+        raw = journal.meta("status")
+    facts: dict[str, Any] = json.loads(raw) if raw else {"state": "starting", "step": 0}
+    facts = {"run_dir": str(paths.root), **facts, "supervised": is_held(paths.lock)}
+    if facts["state"] in _ACTIVE and not facts["supervised"]:
+        if is_held(paths.child_lock):
+            facts["because"] = "its supervisor is gone, the trainer lives: launch again to take it over"
+        else:
+            facts |= {"state": "stopped", "because": "its supervisor ended without a word: launch again to go on"}
+    return facts
+
+
+def shown_incidents(journal: Journal) -> list[dict[str, Any]]:
+    """Every incident that was more than a suspicion, oldest first, in the published form."""
+    return [incident for incident in journal.incidents() if incident["state"] not in _NOT_SHOWN]

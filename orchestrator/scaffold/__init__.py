@@ -1,0 +1,1 @@
+"""Templates that `longwatch init` writes."""
