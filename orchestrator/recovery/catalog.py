@@ -6,6 +6,7 @@ Listing opens nothing (five listings, whatever the number of commits); `verify` 
 from collections import defaultdict
 from dataclasses import dataclass
 
+from orchestrator.recovery.retention import Checkpoint
 from trainer.contract import fence, verdicts
 from trainer.contract.manifest import (
     Manifest,
@@ -18,29 +19,10 @@ from trainer.contract.manifest import (
     unseal,
 )
 from trainer.contract.store import ObjectMissing, Store
-from trainer.contract.verdicts import State
+
+__all__ = ["Checkpoint", "Verification", "list_checkpoints", "read_manifest", "verify"]
 
 _DATA = "data/"
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """One commit, as `longwatch checkpoints` shows it."""
-
-    id: str
-    step: int
-    epoch: int
-    attempt: int
-    state: State
-    verified: bool
-    pinned: bool
-    in_lineage: bool
-    bytes: int
-
-    @property
-    def good(self) -> bool:
-        """Whether a training rollback may load it; step 0 is good by definition, and bad outranks good."""
-        return self.state == "good" or (self.step == 0 and self.state != "bad")
 
 
 @dataclass(frozen=True, slots=True)

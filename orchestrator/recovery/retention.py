@@ -1,4 +1,4 @@
-"""Which checkpoints may go, and how they go. `plan_retention` is pure; `prune` and `sweep` carry it out.
+"""Which checkpoints may go. Pure; `orchestrator.recovery.prune` carries it out.
 
 Kept are: the last good ones, the two newest that are good and verified, the nearest good one 100, 300, 1k, 3k and 10k
 steps back, everything newer than the newest good one (it may still become good), the newest, step 0, every pin, every
@@ -7,14 +7,30 @@ condemned one (evidence, deleted by a person alone), and what is being restored.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from orchestrator.recovery.catalog import Checkpoint
-from trainer.contract import fence, verdicts
-from trainer.contract.manifest import manifest_key, parse_commit_id
-from trainer.contract.store import Store
+from typing import Literal
 
 BACK_STEPS = (100, 300, 1_000, 3_000, 10_000)  # a short interval would otherwise keep only minutes of the past
 _VERIFIED_GOOD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One commit, as `longwatch checkpoints` shows it."""
+
+    id: str
+    step: int
+    epoch: int
+    attempt: int
+    state: Literal["committed", "verified", "good", "bad"]
+    verified: bool
+    pinned: bool
+    in_lineage: bool
+    bytes: int
+
+    @property
+    def good(self) -> bool:
+        """Whether a training rollback may load it; step 0 is good by definition, and bad outranks good."""
+        return self.state == "good" or (self.step == 0 and self.state != "bad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,44 +98,3 @@ def _kept_of_lineage(lineage: list[Checkpoint], keep_good: int, back_steps: tupl
 def _nearest(good: list[Checkpoint], step: int) -> Checkpoint | None:
     """The one whose step is nearest; of two, the older."""
     return min(good, key=lambda c: (abs(c.step - step), c.step), default=None)
-
-
-def prune(store: Store, commits: Iterable[str]) -> int:
-    """Delete commits, oldest facts last; returns the bytes freed. Only the holder of the newest epoch may call this.
-
-    The manifest goes first, so that there is no moment at which a checkpoint exists without its data. A commit that
-    was pinned after the plan was made stays. Calling again after a failure goes on where it stopped (see `sweep`).
-    """
-    facts = verdicts.read_verdicts(store)
-    freed = 0
-    for commit in commits:
-        if facts.of(commit).pinned:
-            continue
-        store.delete(manifest_key(commit))
-        freed += _delete_data(store, commit)
-    return freed
-
-
-def sweep(store: Store, epoch: int) -> int:
-    """Delete data of earlier epochs that has no manifest: saves that never came to their end, half-done prunes.
-
-    What the fence of `epoch` builds on is left alone, even if its manifest has not been seen. Returns bytes freed.
-    """
-    base = fence.read_fence(store, epoch)
-    known = {*fence.commits_present(store), *base.ancestry, base.base}
-    orphans = {item.key.split("/")[1] for item in store.list("data/")} - known
-    return sum(_delete_data(store, commit) for commit in sorted(orphans) if _epoch_of(commit) < epoch)
-
-
-def _delete_data(store: Store, commit: str) -> int:
-    freed = 0
-    for item in store.list(f"data/{commit}/"):
-        store.delete(item.key)
-        freed += item.bytes
-    for key in verdicts.facts_keys(commit):
-        store.delete(key)
-    return freed
-
-
-def _epoch_of(commit: str) -> int:
-    return parse_commit_id(commit).epoch
