@@ -3,6 +3,7 @@
 Pure. Positions are absolute, so that restarts and changes of batch or world size shift nothing. Nothing that is skipped
 or quarantined is read where it lies. A skip with `then: defer` is read once the run is past its planned end: from
 position `planned` on, the i-th position reads the i-th deferred one, so that a single-epoch run does not run dry.
+A skip must begin at or behind the cursor of the moment it is decided: then nothing that was read changes its meaning.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.contract.plan import Quarantine, SkipRange
+from trainer.data.errors import ExhaustedError
 from trainer.data.order import I64
 
 Bools = npt.NDArray[np.bool_]
@@ -44,10 +46,14 @@ def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 class Cursor:
     """Walks the raw order under a plan."""
 
-    def __init__(self, shard_of: ShardOf, position: int = 0, planned: int | None = None) -> None:
+    def __init__(
+        self, shard_of: ShardOf, position: int = 0, planned: int | None = None,
+        shards: frozenset[int] | None = None,
+    ) -> None:  # fmt: skip
         self.position = position
         self._shard_of = shard_of
         self._planned = planned
+        self._shards = shards  # those that hold samples; None: not known
         self._skips: list[tuple[int, int]] = []
         self._deferred: I64 = np.empty(0, dtype=np.int64)
         self._quarantines: dict[int, int] = {}
@@ -68,13 +74,18 @@ class Cursor:
         self._deferred = values if self._planned is None else values[values < self._planned]
 
     def take(self, count: int) -> Take:
-        """The next `count` samples; the cursor stands behind the last one."""
+        """The next `count` samples; the cursor stands behind the last one.
+
+        Raises:
+            ExhaustedError: every shard is quarantined.
+        """
         begin = self.position
         positions: list[I64] = []
         sources: list[I64] = []
         shards: list[I64] = []
         missing = count
         while missing:
+            self._refuse_to_search_for_ever()
             candidates = self._run(missing)
             source = self._sources(candidates)
             shard = self._shard_of(source)
@@ -84,6 +95,26 @@ class Cursor:
             shards.append(shard[wanted])
             missing -= int(wanted.sum())
         return Take(np.concatenate(positions), np.concatenate(sources), np.concatenate(shards), begin, self.position)
+
+    def peek(self, count: int) -> Take:
+        """What `take` would give; the cursor stays.
+
+        Raises:
+            ExhaustedError: every shard is quarantined.
+        """
+        position = self.position
+        try:
+            return self.take(count)
+        finally:
+            self.position = position
+
+    def _refuse_to_search_for_ever(self) -> None:
+        out = {shard for shard, from_position in self._quarantines.items() if from_position <= self.position}
+        if self._shards is not None and self._shards <= out:
+            raise ExhaustedError(
+                f"all {len(self._shards)} shards are quarantined at raw position {self.position}",
+                "unquarantine some, or prepare other data",
+            )
 
     def _run(self, most: int) -> I64:
         """Up to `most` positions in a row from here, jumping over skips first; the cursor moves behind them."""

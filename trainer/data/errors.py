@@ -18,26 +18,6 @@ class DataUnreachableError(DataError):
     """The place of the data gave no answer, or none that could be used; the data itself may be sound."""
 
 
-class StorageError(DataError):
-    """The place of the data cannot be read or written: unreachable, denied, read-only or full."""
-
-
-class EmptyDataError(DataError):
-    """There is nothing to read: no shards, or none long enough for a single sample."""
-
-
-class ShardMissingError(DataError):
-    """A shard that the manifest names is not there."""
-
-
-class ShardTruncatedError(DataError):
-    """A shard's size or content is not what its header or the manifest says."""
-
-
-class ShardFormatError(DataError):
-    """A shard is in no format that can be read here, or not in the one that was announced."""
-
-
 class TokenRangeError(DataError):
     """A token lies outside the vocabulary: the shard was made with another tokenizer, or read with a wrong dtype."""
 
@@ -51,10 +31,6 @@ class TokenRangeError(DataError):
         self.sample = sample
         self.token = token
         self.vocab_size = vocab_size
-
-
-class ManifestError(DataError):
-    """The data manifest cannot be read, was changed by hand, or is not the one that the run began with."""
 
 
 class ExhaustedError(DataError):

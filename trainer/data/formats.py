@@ -37,6 +37,17 @@ class Layout:
     bytes: int
 
 
+def storage_errors(fs: Any) -> tuple[type[Exception], ...]:
+    """What calls to a filesystem raise when the storage is to blame; S3's own errors are no OSError."""
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+    if "s3" not in protocols:
+        return (OSError,)
+    from aiohttp import ClientError as TransportError
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return (OSError, BotoCoreError, ClientError, TransportError)
+
+
 def inspect(fs: Any, path: str, wanted: Format = "auto") -> Layout:
     """Find out a shard's layout from its header and size; no token is read.
 
@@ -74,7 +85,7 @@ def read_tokens(fs: Any, path: str, layout: Layout, start: int, count: int) -> T
         raw = fs.cat_file(path, start=begin, end=end)
     except FileNotFoundError as error:
         raise _missing(path) from error
-    except OSError as error:
+    except storage_errors(fs) as error:
         raise DataUnreachableError(f"{path}: {error}", "see whether the place is reachable", shard=path) from error
     if len(raw) != end - begin:
         raise _truncated(path, f"bytes {begin} to {end}", f"{begin + len(raw)} bytes")
@@ -87,7 +98,7 @@ def _head(fs: Any, path: str) -> tuple[int, bytes]:
         return size, bytes(fs.cat_file(path, start=0, end=min(size, 4096)))
     except FileNotFoundError as error:
         raise _missing(path) from error
-    except OSError as error:
+    except storage_errors(fs) as error:
         raise DataUnreachableError(f"{path}: {error}", "see whether the place is reachable", shard=path) from error
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -44,7 +45,14 @@ def batches_of(take: Callable[[], T], fetch: Callable[[T], B]) -> Iterator[B]:
     with warnings.catch_warnings():  # torchdata 0.11 calls torch.set_vital, which torch 2.13 warns of
         warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
         loader = StatefulDataLoader(
-            _Fetch(fetch), batch_sampler=_Plan(take), num_workers=0, collate_fn=_as_is, snapshot_every_n_steps=1 << 40
+            _Fetch(fetch),
+            batch_sampler=_Plan(take),
+            num_workers=0,
+            collate_fn=_as_is,
+            snapshot_every_n_steps=1 << 40,
+            # Its own: an iterator draws a seed at its birth, and a draw from torch's generator would move dropout
+            # after a resume.
+            generator=torch.Generator(),
         )
         return iter(loader)
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.contract.config import DataConfig
 from trainer.data.errors import DataError, DataUnreachableError
-from trainer.data.formats import Layout, inspect
+from trainer.data.formats import Layout, inspect, storage_errors
 
 MANIFEST_NAME = "manifest.json"
 _SUFFIXES = (".bin", ".npy", ".ds")
@@ -93,7 +93,7 @@ def load_manifest(place: Place, config: DataConfig) -> DataManifest:
         raw = place.fs.cat_file(place.path(MANIFEST_NAME))
     except FileNotFoundError:
         return _derive(place, config)
-    except OSError as error:
+    except storage_errors(place.fs) as error:
         raise DataUnreachableError(f"{place.url}: {error}", "see whether the place is reachable") from error
     try:
         return DataManifest.model_validate_json(raw)
@@ -108,7 +108,7 @@ def _derive(place: Place, config: DataConfig) -> DataManifest:
         names = sorted(path.rsplit("/", 1)[-1] for path in place.fs.ls(place.root, detail=False))
     except FileNotFoundError as error:
         raise DataError(f"{place.url}: no such directory", "prepare data into it, or correct the URL") from error
-    except OSError as error:
+    except storage_errors(place.fs) as error:
         raise DataUnreachableError(f"{place.url}: {error}", "see whether the place is reachable") from error
     names = [name for name in names if name.endswith(_SUFFIXES)]
     if not names:

@@ -98,6 +98,10 @@ class Order:
         numbers = np.asarray(samples, dtype=np.int64) + epoch * self.total
         return self._map(numbers, inverse=True) + epoch * self.total
 
+    def extent(self, shard: int) -> tuple[int, int]:
+        """Sample numbers [first, last) of a shard."""
+        return int(self._starts[shard]), int(self._starts[shard + 1])
+
     def shards_of(self, samples: I64) -> tuple[I64, I64]:
         """(shard index, sample within the shard) of sample numbers."""
         shards = np.searchsorted(self._starts, samples, side="right").astype(np.int64) - 1

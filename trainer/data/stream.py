@@ -15,8 +15,8 @@ import numpy.typing as npt
 from trainer.contract.config import DataConfig
 from trainer.contract.plan import Quarantine, Segment, SkipRange
 from trainer.data.cursor import Cursor, Take
-from trainer.data.errors import DataError
-from trainer.data.formats import read_tokens
+from trainer.data.errors import DataError, ExhaustedError, TokenRangeError
+from trainer.data.formats import Tokens, read_tokens
 from trainer.data.loader import batches_of
 from trainer.data.manifest import DataManifest, Place, load_manifest
 from trainer.data.order import I64, Order
@@ -49,22 +49,23 @@ class _Source:
                 "prepare more data, or lower batch.sequence_tokens",
             )
 
-    def read(self, shard: int, first: int, count: int) -> TokenBatch:
-        """Samples [first, first + count) of a shard as (count, T + 1) int64, every token within the vocabulary."""
+    def read(self, shard: int, first: int, count: int) -> Tokens:
+        """The tokens of samples [first, first + count) of a shard, unchecked, in its own dtype."""
         entry, length = self.manifest.shards[shard], self.sample_tokens
-        raw = read_tokens(self.place.fs, self.place.path(entry.name), entry.layout, first * length, count * length + 1)
-        tokens = raw.astype(np.int64)
-        bad = np.flatnonzero((tokens >= self.manifest.vocab_size) | (tokens < 0))
-        if bad.size:
-            sample = first + int(bad[0]) // length
-            raise DataError(
-                f"{entry.name}: token {tokens[bad[0]]} of sample {sample} is outside the vocabulary of "
-                f"{self.manifest.vocab_size}",
-                "prepare the shard with the tokenizer of this run, or correct data.vocab_size",
-                shard=entry.name,
-            )
-        windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
-        return np.ascontiguousarray(windows)
+        path = self.place.path(entry.name)
+        return read_tokens(self.place.fs, path, entry.layout, first * length, count * length + 1)
+
+    def check(self, rows: TokenBatch, shards: I64, numbers: I64) -> None:
+        """Only what is handed out is judged: a bad sample that is skipped stops nobody.
+
+        Raises:
+            TokenRangeError: a token lies outside the vocabulary.
+        """
+        bad = (rows >= self.manifest.vocab_size) | (rows < 0)
+        if bad.any():
+            row, column = (int(i) for i in np.argwhere(bad)[0])
+            name = self.manifest.shards[int(shards[row])].name
+            raise TokenRangeError(name, int(numbers[row]), int(rows[row, column]), self.manifest.vocab_size)
 
 
 class DataStream:
@@ -99,7 +100,8 @@ class DataStream:
         seed = _seed_of(segments, self.manifest, config, sample_tokens)
         self._order = Order(self._source.shard_samples, seed, config.block_samples, config.window_blocks)
         self._blocks = _BlockCache(self._source, self._order, config)
-        self._cursor = Cursor(self._shard_of, position, planned_samples)
+        shards = frozenset(number for number, samples in enumerate(self._source.shard_samples) if samples)
+        self._cursor = Cursor(self._shard_of, position, planned_samples, shards)
         self._cursor.apply(skips, quarantines)
         self._wanted = 0
         self._batches = batches_of(self._take, self._fetch)
@@ -144,8 +146,20 @@ class DataStream:
 
     def _fetch(self, take: Take) -> Batch:
         tokens = self._blocks.rows(self._order.samples(take.sources))
-        self._blocks.read_ahead(self._order, take.end)
+        self._read_ahead()
         return Batch(tokens, take.positions, take.shards, take.begin, take.end)
+
+    def _read_ahead(self) -> None:
+        """Begin to read what the plan takes next, and nothing that it leaves out."""
+        if self._blocks.is_remote:
+            try:
+                upcoming = self._cursor.peek(self._blocks.ahead_samples)
+            except ExhaustedError:
+                return  # this batch is sound; the next one says so
+            self._blocks.read_ahead(self._order.samples(upcoming.sources))
+
+
+_Unit = tuple[int, int]  # (block, shard): a block that spans shards is read one by one, so that none drags in another
 
 
 class _BlockCache:
@@ -155,61 +169,70 @@ class _BlockCache:
         self._source = source
         self._order = order
         self._size = config.block_samples
-        self._window = config.window_blocks * config.block_samples
-        self._ahead = config.read_ahead_blocks
-        self._most = 2 * config.window_blocks + config.read_ahead_blocks + 2
-        self._blocks: OrderedDict[int, TokenBatch | Future[TokenBatch]] = OrderedDict()
-        remote = not _is_local(source.place)
-        self._pool = ThreadPoolExecutor(4, "read-ahead") if remote else None
+        self._most = 2 * (2 * config.window_blocks + config.read_ahead_blocks + 2)
+        self._units: OrderedDict[_Unit, Tokens | Future[Tokens]] = OrderedDict()
+        self.ahead_samples = config.read_ahead_blocks * config.block_samples
+        self.is_remote = not _is_local(source.place)
+        self._pool = ThreadPoolExecutor(4, "read-ahead") if self.is_remote else None
 
     def rows(self, samples: I64) -> TokenBatch:
-        """One row of T + 1 tokens for each sample number."""
-        result = np.empty((len(samples), self._source.sample_tokens + 1), dtype=np.int64)
-        numbers = samples // self._size
-        for number in np.unique(numbers):
-            chosen = numbers == number
-            result[chosen] = self._block(int(number))[samples[chosen] - number * self._size]
+        """One row of T + 1 tokens for each sample number.
+
+        Raises:
+            DataError: a shard is missing or damaged, or holds a token outside the vocabulary.
+        """
+        length = self._source.sample_tokens
+        result = np.empty((len(samples), length + 1), dtype=np.int64)
+        shards, numbers = self._order.shards_of(samples)
+        units = self._units_of(samples)
+        for row, (unit, number) in enumerate(zip(units, numbers.tolist(), strict=True)):
+            begin = (number - self._extent(unit)[0]) * length
+            result[row] = self._tokens(unit)[begin : begin + length + 1]
+        self._source.check(result, shards, numbers)
         return result
 
-    def read_ahead(self, order: Order, position: int) -> None:
-        """Begin to read the blocks that come next."""
+    def read_ahead(self, samples: I64) -> None:
+        """Begin to read the blocks of these samples."""
         if self._pool is None:
             return
-        upcoming = order.samples(np.arange(position, position + self._ahead * self._size, dtype=np.int64))
-        for number in list(dict.fromkeys((upcoming // self._size).tolist()))[: self._ahead]:
-            if number not in self._blocks:
-                self._keep(number, self._pool.submit(self._read, number))
+        for unit in dict.fromkeys(self._units_of(samples)):
+            if unit not in self._units:
+                self._keep(unit, self._pool.submit(self._read, unit))
 
     def close(self) -> None:
         """Stop the readers."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _block(self, number: int) -> TokenBatch:
-        found = self._blocks.get(number)
+    def _units_of(self, samples: I64) -> list[_Unit]:
+        shards, _ = self._order.shards_of(samples)
+        return list(zip((samples // self._size).tolist(), shards.tolist(), strict=True))
+
+    def _extent(self, unit: _Unit) -> tuple[int, int]:
+        """Samples [first, last) of the shard that lie in the block."""
+        block, shard = unit
+        start, end = self._order.extent(shard)
+        return max(block * self._size, start) - start, min((block + 1) * self._size, end) - start
+
+    def _tokens(self, unit: _Unit) -> Tokens:
+        found = self._units.get(unit)
         if found is None:
-            found = self._read(number)
-            self._keep(number, found)
+            found = self._read(unit)
+            self._keep(unit, found)
         elif isinstance(found, Future):
             found = found.result()
-            self._blocks[number] = found
-        self._blocks.move_to_end(number)
+            self._units[unit] = found
+        self._units.move_to_end(unit)
         return found
 
-    def _keep(self, number: int, block: "TokenBatch | Future[TokenBatch]") -> None:
-        self._blocks[number] = block
-        while len(self._blocks) > self._most:
-            self._blocks.popitem(last=False)
+    def _keep(self, unit: _Unit, tokens: "Tokens | Future[Tokens]") -> None:
+        self._units[unit] = tokens
+        while len(self._units) > self._most:
+            self._units.popitem(last=False)
 
-    def _read(self, number: int) -> TokenBatch:
-        begin = number * self._size
-        end = min(begin + self._size, self._order.total)
-        shards, firsts = self._order.shards_of(np.arange(begin, end, dtype=np.int64))
-        parts = []
-        for shard in np.unique(shards):
-            inside = firsts[shards == shard]
-            parts.append(self._source.read(int(shard), int(inside[0]), len(inside)))
-        return np.concatenate(parts)
+    def _read(self, unit: _Unit) -> Tokens:
+        first, last = self._extent(unit)
+        return self._source.read(unit[1], first, last - first)
 
 
 def validation_batches(config: DataConfig, sample_tokens: int, sequences: int, batch: int) -> Iterator[TokenBatch]:
