@@ -39,4 +39,7 @@ def is_released() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # all is flushed and committed; tearing torch down costs a second, and can hang
