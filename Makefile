@@ -1,15 +1,28 @@
-# Longwatch: everything a newcomer or CI runs. `make setup` is called by every other target.
+# Longwatch: everything a newcomer or CI runs. Every target makes the environment first, if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format clean
+.PHONY: help setup demo test check format clean
+
+help:
+	@echo "make setup   make the environment in $(VENV), with longwatch in it"
+	@echo "make demo    train on this machine's own text, with three planted faults, in a few minutes"
+	@echo "make test    run all tests"
+	@echo "make check   format, lint, strict types and the rule of who may import whom"
+	@echo "make format  put the sources in order"
+	@echo "make clean   remove the environment, caches and the demo's runs"
+
 setup: $(VENV)/.ready
 
+# Exact versions from constraints.txt. uv and poetry do not see the CPU build of torch; pip does.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo/demo.py
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -23,3 +36,6 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info demo-run-*
