@@ -46,19 +46,22 @@ class StepTime(BaseModel):
 
 
 class StepRecord(_Record):
-    """One update. `grad_norm` is taken before clipping; `skipped` means non-finite, so not applied."""
+    """One update. `grad_norm` is taken before clipping; `skipped` means non-finite, so not applied.
+
+    Our trainer records every field; what a recorded trace of another lacks is None, never 0.
+    """
 
     kind: Literal["step"] = "step"
     step: int
     loss: float
-    grad_norm: float
-    clipped: bool
-    lr: float
+    grad_norm: float | None = Field(default=None, description="None: not recorded")
+    clipped: bool = False
+    lr: float | None = None
     lr_planned: float | None = Field(default=None, description="schedule times overlay; `lr` is what was applied")
     update_ratio: dict[str, float] = Field(default_factory=dict, description="layer group -> |dw| / |w|")
-    tokens: int
-    step_time_s: StepTime
-    data: DataRange
+    tokens: int | None = None
+    step_time_s: StepTime | None = None
+    data: DataRange | None = None
     shards: dict[int, tuple[int, float]] = Field(
         default_factory=dict, description="shard -> (sequences, sum of their mean losses)"
     )

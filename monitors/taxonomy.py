@@ -56,6 +56,9 @@ TAINTING = frozenset(
 Evidence = dict[str, float | int | str | list[int] | list[float] | list[str]]
 
 
+FindingKind = Literal["suspected", "classified", "closed", "dismissed"]
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One statement of the diagnosis about one anomaly; `key` stays the same through its life.
@@ -66,7 +69,7 @@ class Finding:
     dismissed: it was nothing (an overlay's own trace, a planned change).
     """
 
-    kind: Literal["suspected", "classified", "closed", "dismissed"]
+    kind: FindingKind
     key: int
     cls: IncidentClass
     onset_step: int

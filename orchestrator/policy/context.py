@@ -60,8 +60,12 @@ class Context:
 
     def adopt_finding(self, finding: Finding) -> Incident:
         """The incident that a finding speaks of, opened or brought up to date."""
-        known = (i for i in reversed(self.state.incidents) if i.key == finding.key and i.is_open)
-        incident = next(known, None) or self.open_incident(finding.cls, finding.onset_step, finding.step, finding.why)
+        known = (i for i in reversed(self.state.incidents) if i.key == finding.key)
+        incident = next(known, None)
+        if incident is not None and not incident.is_open:
+            return incident  # acted on already: what the diagnosis still sees of it is its fading
+        if incident is None:
+            incident = self.open_incident(finding.cls, finding.onset_step, finding.step, finding.why)
         incident.key = finding.key
         incident.cls = finding.cls
         incident.onset_step = finding.onset_step

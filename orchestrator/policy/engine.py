@@ -136,7 +136,8 @@ class Engine:
                     state.replay.runs.append({})
                     return
                 health.on_started(ctx, record)
-                self._diagnosis.rewind(record.step)
+                quarantined = tuple(quarantine.shard for quarantine in state.quarantines)
+                self._diagnosis.rewind(record.step, expect_same=self._same_expected(), quarantined=quarantined)
                 self._diagnosis.note_overlays(self._overlay_spans())
             case CommitRecord() if not replaying:
                 health.on_commit(ctx, record)
@@ -155,6 +156,11 @@ class Engine:
                 on_finding(ctx, finding)
         if len(self.state.overlays) != overlays:
             self._diagnosis.note_overlays(self._overlay_spans())
+
+    def _same_expected(self) -> bool:
+        """An exact resume: nothing was skipped, cut or reseeded for the incident that this attempt answers."""
+        incident = next((i for i in reversed(self.state.incidents) if i.state == "recovering"), None)
+        return incident is None or incident.target_step is None
 
     def _overlay_spans(self) -> tuple[tuple[int, int], ...]:
         spans = []
@@ -266,7 +272,7 @@ class Engine:
         parsed = _Snapshot.model_validate_json(snapshot)
         engine = cls(policy, facts)
         engine.state = parsed.state
-        engine._diagnosis = Diagnosis.from_state(policy.detect, parsed.diagnosis)
+        engine._diagnosis = Diagnosis.from_state(policy.detect, parsed.diagnosis, planned_changes=facts.planned_changes)
         return engine
 
 

@@ -6,7 +6,7 @@ from orchestrator.policy import budgets
 from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import PruneCheckpoints, WriteVerdict
 from orchestrator.policy.state import Commit, HistoryRow, Incident
-from orchestrator.recovery.retention import deletable
+from orchestrator.recovery.retention import Checkpoint, plan_retention
 
 _HISTORY_ROWS = 4096  # covers the widest rollback of the shipped policy (2,000 steps) twice
 
@@ -60,11 +60,27 @@ def _promote(ctx: Context) -> None:
 
 def _prune(ctx: Context) -> None:
     state = ctx.state
-    doomed = deletable(state.commits, keep_good=ctx.facts.keep_good, step=state.step)
-    if not doomed or not ctx.enforcing:
+    if not ctx.enforcing:
         return
-    state.commits = [commit for commit in state.commits if commit.id not in doomed]
-    ctx.decide(PruneCheckpoints(commits=tuple(doomed)))
+    restoring = [i.target_step for i in state.incidents[-64:] if i.is_open]
+    plan = plan_retention(
+        (_as_checkpoint(commit) for commit in state.commits),
+        keep_good=ctx.facts.keep_good,
+        restoring=[commit.id for commit in state.commits if commit.step in restoring],
+    )
+    doomed = list(plan.delete)
+    if not any(incident.is_open for incident in state.incidents[-64:]):
+        doomed, state.abandoned = doomed + state.abandoned, []
+    if doomed:
+        state.commits = [commit for commit in state.commits if commit.id not in doomed]
+        ctx.decide(PruneCheckpoints(commits=tuple(doomed)))
+
+
+def _as_checkpoint(commit: Commit) -> Checkpoint:
+    return Checkpoint(
+        id=commit.id, step=commit.step, epoch=0, attempt=0, state=commit.standing, verified=commit.standing == "good",
+        pinned=False, in_lineage=True, bytes=0,
+    )  # fmt: skip
 
 
 def _judge_recoveries(ctx: Context) -> None:
@@ -124,6 +140,7 @@ def on_started(ctx: Context, record: StartedRecord) -> None:
         if incident.resume_step is None:
             incident.resume_step = state.step
     state.discarded_steps += lost
+    state.abandoned += [c.id for c in state.commits if c.step > record.step and c.standing != "bad"]
     state.commits = [commit for commit in state.commits if commit.step <= record.step]
     state.evals = [row for row in state.evals if row[0] <= record.step]
     state.history = [row for row in state.history if row.step <= record.step]

@@ -83,7 +83,9 @@ class Actions(Section):
     roll_back: RollBack | None = Field(default=None, description="go back to a good checkpoint before the onset")
     widen_rollback: NoArguments | None = Field(default=None, description="restart from the next older checkpoint")
     restart: NoArguments | None = Field(default=None, description="from the newest verified checkpoint")
-    skip_data: Batches | None = Field(default=None, description="jump so many batches from the target's cursor on")
+    skip_data: Batches | None = Field(
+        default=None, description="jump so many batches from the margin before the onset on"
+    )
     quarantine_shards: NoArguments | None = Field(default=None, description="never read the finding's shards again")
     lower_lr: LowerLr | None = Field(default=None, description="an overlay on the schedule")
     reseed: NoArguments | None = Field(default=None, description="fold a new branch number into the RNG")
@@ -157,7 +159,7 @@ class Rule(Section):
                     "quarantine_shards or reseed, or restrict the rule with `when: {verdict: hardware}`"
                 )
             if rung.skip_data is not None and rung.roll_back is None:
-                raise ValueError("skip_data starts at a rollback's target: add roll_back")
+                raise ValueError("skip_data without going back would skip what was read already: add roll_back")
         return self
 
     def classes(self) -> tuple[IncidentClass, ...]:

@@ -21,6 +21,8 @@ _NON_FINITE = frozenset({IncidentClass.SUDDEN_NAN, IncidentClass.NAN_AFTER_LOAD,
 def on_finding(ctx: Context, finding: Finding) -> None:
     """Keep the incident of a finding up to date and answer it once its class is settled."""
     incident = ctx.adopt_finding(finding)
+    if not incident.is_open:
+        return
     match finding.kind:
         case "suspected":
             return
@@ -213,7 +215,7 @@ def _roll_back(ctx: Context, incident: Incident, actions: Actions, margin_steps:
     target = candidates[0]
     incident.target_step, incident.resume_step, incident.state = target.step, state.step, "recovering"
     if actions.skip_data is not None:
-        _skip(ctx, incident, target, actions.skip_data)
+        _skip(ctx, incident, target, actions.skip_data, margin_steps)
     if actions.quarantine_shards is not None:
         _quarantine(ctx, incident, target.position)
     if actions.lower_lr is not None:
@@ -225,11 +227,13 @@ def _roll_back(ctx: Context, incident: Incident, actions: Actions, margin_steps:
     _leave_for(ctx, recovery)
 
 
-def _skip(ctx: Context, incident: Incident, target: Commit, batches: int) -> None:
-    end = ctx.position_at(target.step + batches)
-    if end > target.position:
-        ctx.state.skips.append(SkipRange(begin=target.position, end=end, incident=incident.id))
-        incident.cost.skipped_samples = end - target.position
+def _skip(ctx: Context, incident: Incident, target: Commit, batches: int, margin_steps: int) -> None:
+    """The window begins at the margin before the onset, not at the target, which may lie a whole interval earlier."""
+    first = max(target.step, incident.onset_step - max(margin_steps, 1))
+    begin, end = ctx.position_at(first), ctx.position_at(first + batches)
+    if end > begin:
+        ctx.state.skips.append(SkipRange(begin=begin, end=end, incident=incident.id))
+        incident.cost.skipped_samples = end - begin
 
 
 def _quarantine(ctx: Context, incident: Incident, from_position: int) -> None:

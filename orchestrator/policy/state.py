@@ -169,6 +169,7 @@ class EngineState(_Mutable):
     shard_names: list[str] = Field(default_factory=list)
     shard_samples: list[int] = Field(default_factory=list)
     commits: list[Commit] = Field(default_factory=list)
+    abandoned: list[str] = Field(default_factory=list, description="commits of branches that were rolled back")
     skips: list[SkipRange] = Field(default_factory=list)
     quarantines: list[Quarantine] = Field(default_factory=list)
     overlays: list[Overlay] = Field(default_factory=list)

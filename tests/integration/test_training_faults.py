@@ -56,8 +56,8 @@ def test_unrecovered_spike_is_rolled_back_skipped_and_cut(tmp_path: Path, corpus
     assert target <= incident["onset_step"] - 10
     assert run.records(2, "started")[0]["step"] == target
     (skip,) = plan["skips"]
-    commit = next(row for row in run.records(1, "commit") if row["step"] == target)
-    assert (skip["begin"], skip["end"]) == (commit["position"], commit["position"] + 12 * 8)
+    begin = (incident["onset_step"] - 10) * 8
+    assert (skip["begin"], skip["end"]) == (begin, begin + 12 * 8)
     lrs = {step: row["lr"] for step, row in run.surviving_steps().items() if step > target}
     hold = incident["detected_step"] + 15
     assert lrs[target + 1] == pytest.approx(0.5 * 3e-3)

@@ -256,7 +256,6 @@ def test_sudden_nan_is_diagnosed_by_replay(reproduces: bool, verdict: str) -> No
         poison = poisoned and (first or reproduces)
         world.sick = (getattr(world, "sick", False) and world.plan.attempt == getattr(world, "sick_in", 0)) or poison  # type: ignore[attr-defined]
         world.sick_in = world.plan.attempt  # type: ignore[attr-defined]
-        world.noise.seed(step)
         return math.nan if world.sick else healthy(world, step)  # type: ignore[attr-defined]
 
     world = World(policy=_policy(), loss=loss)

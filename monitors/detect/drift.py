@@ -1,0 +1,149 @@
+"""Slow divergence: block medians that climb without a jump, and losses that are too good to be true."""
+
+from statistics import median
+
+from pydantic import BaseModel, Field
+
+from monitors.settings import DetectSettings
+from monitors.taxonomy import Evidence, Finding, IncidentClass
+from monitors.window import Band, Row
+
+_BLOCKS = 64
+_CLIMBING = 3
+_LOW_STEPS = 200
+_LOW_ROWS = 20
+
+
+class Block(BaseModel):
+    """Median of so many rows in a row."""
+
+    step: int
+    loss: float
+
+
+class DriftState(BaseModel):
+    """What the detector remembers."""
+
+    rows: list[Row] = Field(default_factory=list)
+    blocks: list[Block] = Field(default_factory=list)
+    key: int | None = None
+    onset_step: int = 0
+    recent_steps: list[int] = Field(default_factory=list)
+    low: list[Row] = Field(default_factory=list)
+    low_key: int | None = None
+    low_step: int = 0
+    low_settled: bool = False
+    last_eval: tuple[int, float] | None = None
+
+
+class DriftDetector:
+    """Folds finite losses outside of spikes."""
+
+    def __init__(self, settings: DetectSettings, state: DriftState | None = None) -> None:
+        self._settings = settings
+        self.state = state or DriftState()
+
+    def observe(self, row: Row, next_key: int, *, excused: bool) -> list[Finding]:
+        """Take one loss in; `excused` while an overlay's ramp or a planned change explains a rise."""
+        state = self.state
+        state.rows.append(row)
+        if len(state.rows) < self._settings.drift_rows // 2:
+            return []
+        state.blocks = [*state.blocks[-_BLOCKS:], Block(step=row.step, loss=median(r.loss for r in state.rows))]
+        state.rows = []
+        if excused:
+            state.blocks = state.blocks[-1:]
+            return []
+        return self._falling_again(row) if state.key is not None else self._climbing(row, next_key)
+
+    def forget(self) -> None:
+        """A spike or a shift explains what came before."""
+        self.state.rows, self.state.blocks = [], []
+
+    def rewind(self, step: int) -> None:
+        """A new attempt."""
+        state = self.state
+        state.rows, state.low = [], []
+        state.blocks = [block for block in state.blocks if block.step <= step]
+        state.key = state.low_key = None
+        state.low_settled = False
+
+    def _climbing(self, row: Row, next_key: int) -> list[Finding]:
+        state, settings = self.state, self._settings
+        if len(state.blocks) < 2 * _CLIMBING + 2:
+            return []
+        lowest = min(state.blocks[:-1], key=lambda block: block.loss)
+        since = [block for block in state.blocks if block.step >= lowest.step]
+        last = [block.loss for block in state.blocks[-_CLIMBING:]]
+        rise = min(last) - lowest.loss
+        needed = max(settings.drift_nats, settings.drift_share * lowest.loss, 5 * self._noise())
+        climbing = all(late >= early - self._noise() for early, late in zip(last, last[1:], strict=False))
+        gradual = max((b.loss - a.loss for a, b in zip(since, since[1:], strict=False)), default=0.0) < 0.7 * rise
+        if len(since) < _CLIMBING + 1 or rise < needed or not climbing or not gradual:
+            return []
+        state.key, state.onset_step = next_key, lowest.step
+        why = f"the loss has climbed from {lowest.loss:.3f} at step {lowest.step} by {rise:.3f} without a jump"
+        evidence: Evidence = {"lowest": lowest.loss, "rise": round(rise, 6), "threshold": round(needed, 6)}
+        cls = IncidentClass.SLOW_DIVERGENCE
+        return [Finding("classified", next_key, cls, lowest.step, row.step, why, None, evidence)]
+
+    def _falling_again(self, row: Row) -> list[Finding]:
+        state = self.state
+        last = [block.loss for block in state.blocks[-2 * _CLIMBING :]]
+        assert state.key is not None
+        if len(last) < 2 * _CLIMBING or last[-1] > min(last[:_CLIMBING]) - self._noise():
+            return []
+        key, state.key = state.key, None
+        state.blocks = state.blocks[-1:]
+        why = "the loss falls again"
+        return [Finding("closed", key, IncidentClass.SLOW_DIVERGENCE, state.onset_step, row.step, why, row.step)]
+
+    def _noise(self) -> float:
+        """How far neighbouring block medians differ by chance."""
+        blocks = self.state.blocks
+        jumps = [abs(b.loss - a.loss) for a, b in zip(blocks, blocks[1:], strict=False)]
+        return median(jumps) if jumps else 0.0
+
+    # -- too good to be true --------------------------------------------------------------------------------------
+
+    def observe_low(self, row: Row, band: Band | None, next_key: int) -> list[Finding]:
+        """Over `low_share` below the trend for ten rows, and validation does not follow."""
+        state, settings = self.state, self._settings
+        if state.low_key is not None:
+            return self._low_settles(row)
+        state.recent_steps = [step for step in state.recent_steps if row.step - step <= _LOW_STEPS] + [row.step]
+        dense = len(state.recent_steps) >= _LOW_ROWS  # a fall within 200 steps must be seen within 200 steps
+        expected = None if band is None or not dense or state.last_eval is None else band.trend(row.step)
+        if expected is None or row.loss >= (1 - settings.low_share) * expected:
+            state.low = []
+            return []
+        state.low.append(row)
+        if len(state.low) < 5:
+            return []
+        state.low_key, state.low_step, state.low_settled = next_key, state.low[0].step, False
+        why = f"loss {row.loss:.3f} where {expected:.3f} was expected"
+        evidence: Evidence = {"loss": row.loss, "expected": round(expected, 6), "share": settings.low_share}
+        cls = IncidentClass.LOSS_IMPLAUSIBLY_LOW
+        return [Finding("suspected", next_key, cls, state.low_step, row.step, why, None, evidence)]
+
+    def is_low(self) -> bool:
+        """Whether the loss is below belief at the moment, so that it makes no baseline."""
+        return bool(self.state.low) or self.state.low_key is not None
+
+    def _low_settles(self, row: Row) -> list[Finding]:
+        state, cls = self.state, IncidentClass.LOSS_IMPLAUSIBLY_LOW
+        assert state.low_key is not None
+        evaluated = state.last_eval if state.last_eval is not None and state.last_eval[0] > state.low_step + 5 else None
+        if state.low_settled:
+            return []
+        if evaluated is not None and evaluated[1] < row.loss * (1 + self._settings.low_share):
+            key, state.low_key, state.low = state.low_key, None, []
+            why = f"validation follows: {evaluated[1]:.3f}"
+            return [Finding("dismissed", key, cls, state.low_step, row.step, why, row.step)]
+        if evaluated is None and row.step - state.low_step < self._settings.low_wait_steps:
+            return []
+        state.low_settled = True
+        why = f"loss {row.loss:.3f} is implausibly low" + (
+            f" and validation, {evaluated[1]:.3f}, does not follow" if evaluated else "; no evaluation says otherwise"
+        )
+        return [Finding("classified", state.low_key, cls, state.low_step, row.step, why)]

@@ -1,0 +1,214 @@
+"""Signals that only notify, and two proofs of resume: LR as planned, losses of re-run steps as recorded.
+
+Each value is judged against its own recent band, in logarithms where it lives on a ratio scale.
+"""
+
+import math
+from statistics import median
+
+from pydantic import BaseModel, Field
+
+from monitors.records import ActivationRecord, EvalRecord, StepRecord
+from monitors.settings import DetectSettings
+from monitors.taxonomy import Finding, IncidentClass
+
+_BAND_VALUES = 64
+_MIN_VALUES = 12
+_THROUGHPUT_REFERENCE = 100
+_THROUGHPUT_RECENT = 20
+_MAD_TO_SIGMA = 1.4826
+
+
+class Series(BaseModel):
+    """One value's recent history on a log scale, and whether it is out of its band."""
+
+    values: list[float] = Field(default_factory=list)
+    streak: int = 0
+    streak_from: int = 0
+    reported: bool = False
+
+
+class Recorded(BaseModel):
+    """What a step gave when it was first run."""
+
+    loss: float
+    begin: int
+    end: int
+
+
+class NoticeState(BaseModel):
+    """What the detector remembers."""
+
+    series: dict[str, Series] = Field(default_factory=dict)
+    seconds_per_token: list[float] = Field(default_factory=list)
+    slow_reported: bool = False
+    evals: list[tuple[int, float]] = Field(default_factory=list)
+    diverging_reported: bool = False
+    lr_key: int | None = None
+    rerun: dict[int, Recorded] = Field(default_factory=dict)
+    rerun_from: int = 0
+    differences: list[float] = Field(default_factory=list)
+
+
+class NoticeDetector:
+    """Folds records of every kind; findings are one-off unless a state lasts."""
+
+    def __init__(self, settings: DetectSettings, state: NoticeState | None = None) -> None:
+        self._settings = settings
+        self.state = state or NoticeState()
+
+    def rewind(self, rerun: dict[int, Recorded], step: int) -> None:
+        """A new attempt; `rerun` are the recorded steps beyond the loaded one, if they must come out the same."""
+        state = self.state
+        state.series, state.seconds_per_token, state.slow_reported = {}, [], False
+        state.evals = [row for row in state.evals if row[0] <= step]
+        state.lr_key, state.rerun, state.rerun_from, state.differences = None, rerun, step, []
+
+    # -- step records ---------------------------------------------------------------------------------------------
+
+    def learning_rate(self, record: StepRecord, key: int) -> list[Finding]:
+        """`lr_mismatch`: the LR applied is not the LR planned."""
+        state, planned = self.state, record.lr_planned
+        if planned is None or record.lr is None:
+            return []
+        wrong = abs(record.lr - planned) > self._settings.lr_tolerance * max(abs(planned), 1e-12)
+        cls = IncidentClass.LR_MISMATCH
+        if wrong and state.lr_key is None:
+            state.lr_key = key
+            why = f"the LR applied is {record.lr:.3e}, the LR planned {planned:.3e}"
+            evidence = {"lr": record.lr, "planned": planned}
+            return [Finding("classified", key, cls, record.step, record.step, why, None, dict(evidence))]
+        if not wrong and state.lr_key is not None:
+            closed, state.lr_key = state.lr_key, None
+            return [Finding("closed", closed, cls, record.step, record.step, "the LR is as planned", record.step)]
+        return []
+
+    def rerun(self, record: StepRecord, key: int) -> list[Finding]:
+        """`loss_discontinuity`: after a resume the same data gives other losses."""
+        state, settings = self.state, self._settings
+        known = state.rerun.pop(record.step, None)
+        if record.step - state.rerun_from > settings.discontinuity_steps:
+            state.rerun = {}
+        same_data = known is not None and record.data is not None and (
+            (known.begin, known.end) == (record.data.begin, record.data.end)
+        )  # fmt: skip
+        if known is None or not same_data or not math.isfinite(record.loss) or not math.isfinite(known.loss):
+            return []
+        state.differences.append(abs(record.loss - known.loss))
+        mean = sum(state.differences) / len(state.differences)
+        limit = settings.discontinuity_share * abs(known.loss)
+        if len(state.differences) < 3 or mean <= limit:
+            return []
+        state.rerun = {}
+        why = (
+            f"re-run on the same data after the resume from step {state.rerun_from}, losses differ by {mean:.4f} "
+            f"in the mean of {len(state.differences)} steps, more than {limit:.4f}"
+        )
+        onset = state.rerun_from + 1
+        return _once(key, IncidentClass.LOSS_DISCONTINUITY, onset, record.step, why, difference=mean, limit=limit)
+
+    def update_ratios(self, record: StepRecord, next_key: int) -> list[Finding]:
+        """`update_ratio_high/low`: ratio over LR, because the ratio itself falls with the LR."""
+        found: list[Finding] = []
+        if not record.lr:
+            return found
+        for group, ratio in record.update_ratio.items():
+            direction = self._outside(f"ratio/{group}", ratio / record.lr, self._settings.ratio_factor, record.step)
+            if direction:
+                cls = IncidentClass.UPDATE_RATIO_HIGH if direction > 0 else IncidentClass.UPDATE_RATIO_LOW
+                why = f"update to weight ratio of {group} is {ratio:.2e} at an LR of {record.lr:.2e}, out of its band"
+                onset = self.state.series[f"ratio/{group}"].streak_from
+                found += _once(next_key + len(found), cls, onset, record.step, why, ratio=ratio, lr=record.lr)
+        return found
+
+    def throughput(self, record: StepRecord, key: int) -> list[Finding]:
+        """`throughput_drop`: the last 20 steps against the steps before them, of this attempt."""
+        state = self.state
+        if not record.tokens or record.step_time_s is None or record.step_time_s.total <= 0:
+            return []
+        state.seconds_per_token.append(record.step_time_s.total / record.tokens)
+        values = state.seconds_per_token
+        if len(values) > _THROUGHPUT_REFERENCE + _THROUGHPUT_RECENT:
+            del values[0]
+        if len(values) < 3 * _THROUGHPUT_RECENT:
+            return []
+        share = median(values[:-_THROUGHPUT_RECENT]) / median(values[-_THROUGHPUT_RECENT:])
+        if share >= self._settings.throughput_share:
+            state.slow_reported = state.slow_reported and share < 0.9
+            return []
+        if state.slow_reported:
+            return []
+        state.slow_reported = True
+        onset = record.step - _THROUGHPUT_RECENT
+        why = f"the last {_THROUGHPUT_RECENT} steps ran at {share:.0%} of the speed of the steps before"
+        return _once(key, IncidentClass.THROUGHPUT_DROP, onset, record.step, why, share=share)
+
+    # -- other records --------------------------------------------------------------------------------------------
+
+    def activations(self, record: ActivationRecord, next_key: int) -> list[Finding]:
+        """`activation_explosion/vanishing`: RMS per layer group against its own band."""
+        found: list[Finding] = []
+        for group, stats in record.groups.items():
+            name, factor = f"activation/{group}", self._settings.activation_factor
+            direction = self._outside(name, stats.rms, factor, record.step, streak=2)
+            if direction:
+                up = direction > 0
+                cls = IncidentClass.ACTIVATION_EXPLOSION if up else IncidentClass.ACTIVATION_VANISHING
+                side = "above" if up else "below"
+                why = f"activations of group {group} have an RMS of {stats.rms:.3g}, far {side} their band"
+                onset = self.state.series[name].streak_from
+                found += _once(next_key + len(found), cls, onset, record.step, why, rms=stats.rms, dead=stats.dead)
+        return found
+
+    def validation(self, record: EvalRecord, falling: bool, key: int) -> list[Finding]:
+        """`validation_divergence`: three evaluations up while the training loss falls."""
+        state, rise = self.state, self._settings.validation_rise
+        if record.command is not None or not math.isfinite(record.loss):
+            return []
+        state.evals = [*state.evals[-255:], (record.step, record.loss)]
+        losses = [loss for _, loss in state.evals]
+        if len(losses) < 4:
+            return []
+        best = min(losses[:-3])
+        up = all(loss > best + rise for loss in losses[-3:]) and losses[-1] > losses[-3]
+        if not up or not falling:
+            state.diverging_reported = state.diverging_reported and up
+            return []
+        if state.diverging_reported:
+            return []
+        state.diverging_reported = True
+        onset = state.evals[-3][0]
+        why = f"validation rose from {best:.3f} to {losses[-1]:.3f} in three evaluations while the training loss fell"
+        return _once(key, IncidentClass.VALIDATION_DIVERGENCE, onset, record.step, why, best=best, now=losses[-1])
+
+    def _outside(self, name: str, value: float, factor: float, step: int, streak: int | None = None) -> int:
+        """+1 or -1 once, when a value has been out of its band for a streak of records."""
+        series = self.state.series.setdefault(name, Series())
+        if not math.isfinite(value) or value < 0:
+            return 0
+        log = math.log(max(value, 1e-30))
+        if len(series.values) < _MIN_VALUES:
+            series.values.append(log)
+            return 0
+        middle = median(series.values)
+        spread = _MAD_TO_SIGMA * median(abs(known - middle) for known in series.values)
+        off = log - middle
+        if abs(off) <= max(math.log(factor), self._settings.spike_sigma * spread):
+            series.values = [*series.values[-_BAND_VALUES:], log]
+            series.streak, series.reported = 0, False
+            return 0
+        series.streak_from = step if series.streak == 0 else series.streak_from
+        series.streak += 1
+        if series.reported or series.streak < (streak or self._settings.notice_streak):
+            return 0
+        series.reported = True
+        return 1 if off > 0 else -1
+
+
+def _once(key: int, cls: IncidentClass, onset: int, step: int, why: str, **numbers: float) -> list[Finding]:
+    """A notice: classified and closed in one, since nothing is waited for."""
+    evidence = {name: round(value, 9) for name, value in numbers.items()}
+    return [
+        Finding("classified", key, cls, onset, step, why, None, dict(evidence)),
+        Finding("closed", key, cls, onset, step, why, step, dict(evidence)),
+    ]

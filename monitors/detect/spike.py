@@ -1,0 +1,249 @@
+"""Spikes of the loss: left its band, came back, or stayed out. The band is frozen while one goes on.
+
+The step axis is the truth: waiting is counted in steps, and in rows where a log has few of them. A single row must
+stand out of what the run's own tail has shown, because one rank's losses are heavy-tailed by nature.
+"""
+
+from statistics import median
+
+from pydantic import BaseModel, Field
+
+from monitors.settings import DetectSettings
+from monitors.taxonomy import Evidence, Finding, FindingKind, IncidentClass
+from monitors.window import Band, Row, fit
+
+_TAIL_ROWS = 1000
+_MIN_ROWS_TO_JUDGE = 8  # in logs of every 100th step the horizon in steps is one row
+_SPREAD_ROWS = 12
+
+
+class Event(BaseModel):
+    """A spike in progress."""
+
+    key: int
+    onset_step: int
+    detected_step: int
+    band: Band
+    rows: list[Row] = Field(default_factory=list)
+    peak: float = 0.0
+    last_out_step: int = 0
+    settled: IncidentClass | None = None
+    shards: list[int] = Field(default_factory=list)
+
+
+class SpikeState(BaseModel):
+    """What the detector remembers."""
+
+    window: list[Row] = Field(default_factory=list)
+    doubtful: list[Row] = Field(default_factory=list, description="newest rows between 3 sigma and the threshold")
+    tail: list[tuple[int, float]] = Field(default_factory=list, description="(row number, z) of past lone outliers")
+    event: Event | None = None
+    closed_steps: list[int] = Field(default_factory=list)
+    repeated_reported: int = -1
+    row_number: int = 0
+    last_eval: tuple[int, float] | None = None
+
+
+class SpikeDetector:
+    """Folds finite losses."""
+
+    def __init__(self, settings: DetectSettings, state: SpikeState | None = None) -> None:
+        self._settings = settings
+        self.state = state or SpikeState()
+
+    def band(self) -> Band | None:
+        """What is expected now, None before enough was seen."""
+        state = self.state
+        if state.event is not None:
+            return state.event.band
+        return fit(state.window, self._settings.scale_floor) if len(state.window) >= 4 else None
+
+    def observe(self, row: Row, next_key: int, planned_change: bool) -> list[Finding]:
+        """Take one finite loss in; `next_key` names a new event if there is one."""
+        self.state.row_number += 1
+        if self.state.event is not None:
+            return self._during(self.state.event, row)
+        band = self.band()
+        if band is None or not self._leaves(band, row):
+            self._accept(row, band)
+            return []
+        return self._begin(row, band, next_key, planned_change)
+
+    def rewind(self, history: list[Row]) -> None:
+        """A new attempt: the window is what survives, nothing is in progress."""
+        state = self.state
+        state.window = history[-self._settings.window_rows :]
+        state.event, state.doubtful = None, []
+        last = history[-1].step if history else 0
+        state.closed_steps = [step for step in state.closed_steps if step <= last]
+
+    def _accept(self, row: Row, band: Band | None) -> None:
+        state = self.state
+        if band is not None and band.z(row.step, row.loss) > 3:
+            state.doubtful = [*state.doubtful[-4:], row]
+        else:
+            state.doubtful = []
+        state.window.append(row)
+        if len(state.window) > self._settings.window_rows:
+            del state.window[: -self._settings.window_rows]
+
+    def _leaves(self, band: Band, row: Row) -> bool:
+        settings, state = self._settings, self.state
+        z, excess = band.z(row.step, row.loss), row.loss - band.trend(row.step)
+        if len(state.window) < settings.min_rows:
+            return z > settings.spike_sigma and excess > settings.cold_share * abs(band.level)
+        if z <= settings.spike_sigma:
+            return False
+        run = [doubt for doubt in state.doubtful if band.z(doubt.step, doubt.loss) > settings.spike_sigma]
+        recent = sorted((past for number, past in state.tail if state.row_number - number < _TAIL_ROWS), reverse=True)
+        usual = recent[1] if len(recent) > 1 else 0.0  # the second largest: one outlier is no tail yet
+        if run or z > max(settings.spike_sigma, 1.5 * usual):
+            return True
+        state.tail = [*state.tail[-199:], (state.row_number, z)]
+        return False
+
+    def _begin(self, row: Row, band: Band, key: int, planned_change: bool) -> list[Finding]:
+        state = self.state
+        contiguous = [doubt for doubt in state.doubtful if state.window and doubt in state.window[-5:]]
+        onset = contiguous[0].step if contiguous else row.step
+        state.window = [kept for kept in state.window if kept.step < onset] or state.window
+        state.doubtful = []
+        evidence = self._evidence(band, row)
+        if planned_change:
+            state.window = [row]
+            why = f"loss {row.loss:.3f} where {band.trend(row.step):.3f} was expected, right after a planned change"
+            shift = IncidentClass.LEVEL_SHIFT
+            return [
+                Finding("classified", key, shift, onset, row.step, why, row.step, evidence),
+                Finding("closed", key, shift, onset, row.step, why, row.step, evidence),
+            ]
+        state.event = Event(
+            key=key, onset_step=onset, detected_step=row.step, band=band, rows=[row], last_out_step=row.step,
+            peak=row.loss - band.trend(row.step),
+        )  # fmt: skip
+        why = self._why(state.event, row)
+        return [Finding("suspected", key, IncidentClass.TRANSIENT_SPIKE, onset, row.step, why, None, evidence)]
+
+    def _during(self, event: Event, row: Row) -> list[Finding]:
+        settings = self._settings
+        event.rows = [*event.rows[-511:], row]
+        event.peak = max(event.peak, row.loss - event.band.trend(row.step))
+        if event.band.z(row.step, row.loss) > settings.return_sigma + 1:
+            event.last_out_step = row.step
+        if self._returned(event, row):
+            return self._close(event, row)
+        if event.settled is not None:
+            return self._give_in(event, row)
+        if self._still_open(event, row):
+            return []
+        excess = self._recent_excess(event)
+        if excess < max(3 * event.band.scale, settings.unrecovered_nats) or self._validation_disagrees(event):
+            return self._shift(event, row)
+        event.settled = IncidentClass.UNRECOVERED_SPIKE
+        why = f"{self._why(event, row)}; not back after {row.step - event.onset_step} steps, {excess:.3f} above trend"
+        return [self._finding("classified", event, row, why)]
+
+    def _returned(self, event: Event, row: Row) -> bool:
+        """Within the band over the last `return_steps` steps, by the median so that a tail does not hold it up."""
+        begin = row.step - self._settings.return_steps
+        rows = [past for past in event.rows if past.step > begin]
+        rows = rows if len(rows) >= 2 else event.rows[-2:]
+        if rows[0].step - begin > max(2, self._settings.return_steps // 2) and len(rows) > 2:
+            return False
+        if event.rows[0].step > begin and len(event.rows) < 3 and rows[0] is event.rows[0]:
+            return False
+        zs = sorted(event.band.z(past.step, past.loss) for past in rows)
+        inside = sum(z <= self._settings.return_sigma + 1 for z in zs)
+        return median(zs) <= self._settings.return_sigma and inside >= 0.8 * len(zs)
+
+    def _still_open(self, event: Event, row: Row) -> bool:
+        settings = self._settings
+        elapsed = row.step - event.onset_step
+        if elapsed < settings.recover_steps or len(event.rows) < _MIN_ROWS_TO_JUDGE:
+            return True
+        if elapsed >= settings.recover_steps_max and len(event.rows) >= 2 * _MIN_ROWS_TO_JUDGE:
+            return False
+        if elapsed >= settings.recover_steps_max and elapsed >= 4 * settings.recover_steps_max:
+            return False
+        now, before = self._recent_excess(event), self._earlier_excess(event)
+        return now < 0.5 * event.peak and now < before - 0.25 * event.band.scale
+
+    def _recent_excess(self, event: Event) -> float:
+        recent = event.rows[-max(3, len(event.rows) // 5) :]
+        return median(past.loss - event.band.trend(past.step) for past in recent)
+
+    def _earlier_excess(self, event: Event) -> float:
+        third = max(3, len(event.rows) // 5)
+        earlier = event.rows[-2 * third : -third] or event.rows[:1]
+        return median(past.loss - event.band.trend(past.step) for past in earlier)
+
+    def _validation_disagrees(self, event: Event) -> bool:
+        """An evaluation since the onset that is no worse than the training loss was expected to be."""
+        known = self.state.last_eval
+        return known is not None and known[0] > event.onset_step + 1 and known[1] < event.band.trend(known[0])
+
+    def _close(self, event: Event, row: Row) -> list[Finding]:
+        state = self.state
+        cls = event.settled or IncidentClass.TRANSIENT_SPIKE
+        state.event = None
+        if event.last_out_step == event.onset_step:  # one row alone: the run's own tail, by which the next is judged
+            first = event.rows[0]
+            state.tail = [*state.tail[-199:], (state.row_number, event.band.z(first.step, first.loss))]
+        state.window = [*state.window, *(past for past in event.rows if past.step > event.last_out_step)]
+        state.window = state.window[-self._settings.window_rows :]
+        why = f"{self._why(event, row)}; back in its band from step {event.last_out_step + 1} on"
+        if cls is IncidentClass.TRANSIENT_SPIKE:
+            state.closed_steps = [*state.closed_steps[-199:], event.onset_step]
+        return [self._finding("closed", event, row, why, cls=cls, end_step=event.last_out_step)]
+
+    def _shift(self, event: Event, row: Row) -> list[Finding]:
+        self._rebase(event)
+        why = f"{self._why(event, row)}; it stays a little higher and goes on from there"
+        shift = IncidentClass.LEVEL_SHIFT
+        return [
+            self._finding("classified", event, row, why, cls=shift),
+            self._finding("closed", event, row, why, cls=shift, end_step=row.step),
+        ]
+
+    def _give_in(self, event: Event, row: Row) -> list[Finding]:
+        """A spike that nobody acted on becomes the new level after a long time, so that the run is watched again."""
+        if row.step - event.onset_step < 8 * self._settings.recover_steps_max:
+            return []
+        self._rebase(event)
+        why = f"{self._why(event, row)}; never back, watched again from its new level on"
+        return [self._finding("closed", event, row, why, end_step=row.step)]
+
+    def _rebase(self, event: Event) -> None:
+        self.state.event = None
+        self.state.window = event.rows[-max(_SPREAD_ROWS, self._settings.min_rows) :]
+
+    def _finding(
+        self, kind: FindingKind, event: Event, row: Row, why: str, *, cls: IncidentClass | None = None,
+        end_step: int | None = None,
+    ) -> Finding:  # fmt: skip
+        evidence: Evidence = {**self._evidence(event.band, row), "peak_excess": round(event.peak, 6)}
+        settled = cls or event.settled or IncidentClass.TRANSIENT_SPIKE
+        return Finding(
+            kind,
+            event.key,
+            settled,
+            event.onset_step,
+            row.step,
+            why,
+            end_step,
+            evidence,
+            tuple(event.shards),
+        )
+
+    def _evidence(self, band: Band, row: Row) -> Evidence:
+        return {
+            "loss": row.loss, "expected": round(band.trend(row.step), 6), "sigma": round(band.scale, 6),
+            "z": round(band.z(row.step, row.loss), 2), "threshold_sigma": self._settings.spike_sigma,
+        }  # fmt: skip
+
+    def _why(self, event: Event, row: Row) -> str:
+        first = event.rows[0]
+        return (
+            f"loss left its band at step {event.onset_step}: {first.loss:.3f} where {event.band.trend(first.step):.3f} "
+            f"was expected ({event.band.z(first.step, first.loss):.1f} sigma), peak +{event.peak:.3f}"
+        )

@@ -1,0 +1,216 @@
+"""The diagnosis: records of one lineage in order, findings out. Pure; live and in replay the same.
+
+Non-finite is decided first. Finite losses of healthy steps alone make baselines. At a new attempt streaks and timers
+are cleared and baselines are rebuilt from the surviving history, so that a crash in the middle of an incident never
+makes the diverged loss a new normal.
+"""
+
+import math
+from statistics import median
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from monitors.detect.drift import DriftDetector, DriftState
+from monitors.detect.nonfinite import NonFiniteDetector, NonFiniteState, is_finite
+from monitors.detect.notices import NoticeDetector, NoticeState, Recorded
+from monitors.detect.shards import ShardDetector, ShardState
+from monitors.detect.spike import SpikeDetector, SpikeState
+from monitors.records import ActivationRecord, EvalRecord, Record, StepRecord
+from monitors.settings import DetectSettings
+from monitors.taxonomy import Evidence, Finding, IncidentClass
+from monitors.window import Row
+
+_HISTORY_ROWS = 4096
+
+
+class _State(BaseModel):
+    """Everything that is remembered."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    next_key: int = 1
+    history: list[Row] = Field(default_factory=list)
+    recorded: dict[int, Recorded] = Field(default_factory=dict)
+    spans: list[tuple[int, int]] = Field(default_factory=list)
+    spike: SpikeState = Field(default_factory=SpikeState)
+    nonfinite: NonFiniteState = Field(default_factory=NonFiniteState)
+    drift: DriftState = Field(default_factory=DriftState)
+    shards: ShardState = Field(default_factory=ShardState)
+    notices: NoticeState = Field(default_factory=NoticeState)
+
+
+class Diagnosis:
+    """Folds records into findings.
+
+    Args:
+        settings: thresholds, the policy's `detect` section.
+        planned_changes: steps at which the loss is meant to move.
+    """
+
+    def __init__(
+        self, settings: DetectSettings | None = None, *, planned_changes: tuple[int, ...] = (),
+        state: _State | None = None,
+    ) -> None:  # fmt: skip
+        self._settings = settings or DetectSettings()
+        self._planned = planned_changes
+        self._state = state or _State()
+        inner = self._state
+        self._spike = SpikeDetector(self._settings, inner.spike)
+        self._nonfinite = NonFiniteDetector(self._settings, inner.nonfinite)
+        self._drift = DriftDetector(self._settings, inner.drift)
+        self._shards = ShardDetector(self._settings, inner.shards)
+        self._notices = NoticeDetector(self._settings, inner.notices)
+
+    def observe(self, record: Record) -> list[Finding]:
+        """Take one record in; replays are not to be fed."""
+        match record:
+            case StepRecord():
+                found = self._step(record)
+            case EvalRecord():
+                found = self._eval(record)
+            case ActivationRecord():
+                found = self._activation(record)
+            case _:
+                return []
+        self._state.next_key = max([self._state.next_key, *(finding.key + 1 for finding in found)])
+        return found
+
+    def rewind(self, step: int, *, expect_same: bool = False, quarantined: tuple[int, ...] = ()) -> None:
+        """A new attempt begins from a state of `step` updates.
+
+        Args:
+            step: updates in the loaded state; what came later is dropped.
+            expect_same: an exact resume: steps that were recorded must give the same losses on the same data.
+            quarantined: shards that are not read any more.
+        """
+        state = self._state
+        state.history = [row for row in state.history if row.step <= step]
+        rerun = {number: known for number, known in state.recorded.items() if number > step} if expect_same else {}
+        state.recorded = {number: known for number, known in state.recorded.items() if number <= step}
+        self._spike.rewind(state.history)
+        self._nonfinite.rewind(step)
+        self._drift.rewind(step)
+        self._shards.rewind(list(quarantined))
+        self._notices.rewind(rerun, step)
+
+    def note_overlays(self, overlays: tuple[tuple[int, int], ...]) -> None:
+        """Step ranges [from, to] in which a lowered LR moves the loss by intention."""
+        self._state.spans = list(overlays)
+
+    def to_state(self) -> dict[str, Any]:
+        """Everything that is remembered, as JSON values."""
+        return self._state.model_dump(mode="json")
+
+    @classmethod
+    def from_state(
+        cls, settings: DetectSettings, state: dict[str, Any], *, planned_changes: tuple[int, ...] = ()
+    ) -> Self:
+        """As it was when `to_state` was called.
+
+        Raises:
+            pydantic.ValidationError: it is not such a state.
+        """
+        return cls(settings, planned_changes=planned_changes, state=_State.model_validate(state))
+
+    # -- by kind of record ----------------------------------------------------------------------------------------
+
+    def _step(self, record: StepRecord) -> list[Finding]:
+        state, key = self._state, self._state.next_key
+        found = self._nonfinite.observe(record, state.history, key)
+        found += self._notices.learning_rate(record, key + len(found))
+        if not is_finite(record):
+            return found
+        row = Row(step=record.step, loss=record.loss)
+        found += self._loss(record, row, key + len(found))
+        found += self._notices.rerun(record, key + len(found))
+        found += self._notices.update_ratios(record, key + len(found))
+        found += self._notices.throughput(record, key + len(found))
+        self._remember(record, row)
+        return found
+
+    def _loss(self, record: StepRecord, row: Row, key: int) -> list[Finding]:
+        found: list[Finding] = []
+        band = self._spike.band()
+        trusted = len(self._state.spike.window) >= self._settings.min_rows
+        conviction = self._shards.observe(record, band if trusted else None)
+        event = self._state.spike.event
+        if conviction is not None:
+            number = event.key if event is not None else key
+            cls = IncidentClass.REPEATED_SPIKES_BY_SHARDS
+            if event is not None:
+                event.settled, event.shards = cls, [conviction.shard]
+            found.append(
+                Finding("classified", number, cls, conviction.onset_step, row.step, conviction.why, None,
+                        conviction.evidence, (conviction.shard,))
+            )  # fmt: skip
+            key += 1
+        if event is None:
+            found += self._drift.observe_low(row, band if trusted else None, key + len(found))
+        if self._drift.is_low():
+            return found
+        spikes = self._spike.observe(row, key + len(found), self._recently_planned(row.step))
+        found += spikes
+        if any(f.kind == "closed" for f in spikes) and any(f.cls is not IncidentClass.TRANSIENT_SPIKE for f in spikes):
+            self._drift.forget()
+        found += self._repeated(spikes, row, key + len(found))
+        if self._state.spike.event is None:
+            excused = self._overlay_moves(row.step) or self._recently_planned(row.step)
+            found += self._drift.observe(row, key + len(found), excused=excused)
+        return found
+
+    def _repeated(self, spikes: list[Finding], row: Row, key: int) -> list[Finding]:
+        """`repeated_spikes_by_state`: a rising rate of spikes that no shard explains; a notice, never more."""
+        state, settings = self._state.spike, self._settings
+        if not any(f.kind == "closed" and f.cls is IncidentClass.TRANSIENT_SPIKE for f in spikes):
+            return []
+        span = settings.repeated_window_steps
+        recent = [step for step in state.closed_steps if step > row.step - span]
+        before = [step for step in state.closed_steps if row.step - 2 * span < step <= row.step - span]
+        fresh = state.repeated_reported < 0 or row.step - state.repeated_reported > span
+        if len(recent) < max(settings.repeated_spikes, 2 * len(before)) or not fresh:
+            return []
+        state.repeated_reported = row.step
+        cls = IncidentClass.REPEATED_SPIKES_BY_STATE
+        why = f"{len(recent)} spikes within {span} steps, {len(before)} in as many before, tied to no shard"
+        evidence: Evidence = {"recent": len(recent), "before": len(before), "steps": recent[-20:]}
+        return [
+            Finding("classified", key, cls, recent[0], row.step, why, None, evidence),
+            Finding("closed", key, cls, recent[0], row.step, why, row.step, evidence),
+        ]
+
+    def _eval(self, record: EvalRecord) -> list[Finding]:
+        self._state.spike.last_eval = self._state.drift.last_eval = (record.step, record.loss)
+        recent = [row.loss for row in self._state.history[-32:]]
+        older = [row.loss for row in self._state.history[-96:-32]]
+        falling = bool(recent and older) and median(recent) < median(older)
+        return self._notices.validation(record, falling, self._state.next_key)
+
+    def _activation(self, record: ActivationRecord) -> list[Finding]:
+        limit = self._settings.plateau_dead
+        sick = (group for group, stats in record.groups.items() if max(stats.dead, stats.saturated) >= limit)
+        finite = all(math.isfinite(stats.rms) for stats in record.groups.values())
+        if finite:
+            self._state.nonfinite.dead_group = next(sick, "")
+        return self._notices.activations(record, self._state.next_key)
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def _remember(self, record: StepRecord, row: Row) -> None:
+        state = self._state
+        if record.data is not None:
+            state.recorded[record.step] = Recorded(loss=record.loss, begin=record.data.begin, end=record.data.end)
+            if len(state.recorded) > 2 * _HISTORY_ROWS:
+                state.recorded = dict(list(state.recorded.items())[-_HISTORY_ROWS:])
+        if self._spike.state.event is not None or self._drift.is_low():
+            return
+        state.history.append(row)
+        if len(state.history) > 2 * _HISTORY_ROWS:
+            del state.history[:-_HISTORY_ROWS]
+
+    def _recently_planned(self, step: int) -> bool:
+        return any(change <= step <= change + self._settings.planned_change_steps for change in self._planned)
+
+    def _overlay_moves(self, step: int) -> bool:
+        """While a lowered LR ramps back, and a little after, the loss is a little higher by intention."""
+        return any(begin <= step <= end + self._settings.planned_change_steps for begin, end in self._state.spans)
