@@ -112,15 +112,15 @@ def build(at: Workplace) -> Machinery:
 
 def configure_torch(config: RunConfig) -> torch.device:
     """Threads, determinism and device, before the first tensor."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = config.launch.threads
-    if threads is not None:  # bits on a CPU depend on the number of threads
-        torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = False
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    return device
+        # would write every fresh tensor once more, for nothing
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    if config.launch.threads is not None:  # bits on a CPU depend on the number of threads
+        torch.set_num_threads(config.launch.threads)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def build_step(config: RunConfig, vocab_size: int, device: torch.device, precision: Precision) -> TrainStep:

@@ -136,8 +136,8 @@ class TinyRun:
 
     def fault_counts(self) -> dict[str, int]:
         """Fault -> firings."""
-        found = json.loads(self.paths.fault_counts().read_text())
-        return {key: value["count"] for key, value in found.items()}
+        found: dict[str, int] = json.loads(self.paths.fault_counts().read_text())
+        return found
 
 
 def _as_json(config: RunConfig) -> str:

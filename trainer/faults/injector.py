@@ -7,7 +7,7 @@ been counted, and a `once` fault does not fire again in the attempt that follows
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.contract.config import FaultConfig, FaultKind
@@ -26,11 +26,10 @@ class Occasion:
 
 @dataclass(frozen=True, slots=True)
 class Firings:
-    """How often a fault has fired, and where it did last."""
+    """How often a fault has fired, and at which step of this attempt it did last (None: only in earlier attempts)."""
 
     count: int = 0
-    attempt: int = 0
-    step: int = 0
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +55,12 @@ def is_spent(fault: FaultConfig, before: Firings, occasion: Occasion) -> bool:
     """Whether a `once` fault has had its time: one step, or one window of steps within one attempt."""
     if not fault.once or before.count == 0:
         return False
-    in_its_window = fault.steps is not None and before.attempt == occasion.attempt and occasion.step > before.step
+    in_its_window = fault.steps is not None and before.step is not None and occasion.step > before.step
     return not in_its_window
 
 
 class Injector:
-    """Decides and counts. With no faults configured it costs nothing and touches no file."""
+    """Decides and counts for one attempt. With no faults configured it costs nothing and touches no file."""
 
     def __init__(self, faults: tuple[FaultConfig, ...], counts_file: Path) -> None:
         self._faults = faults
@@ -80,7 +79,7 @@ class Injector:
             key = f"{index}-{fault.kind}"
             before = self._firings.get(key, Firings())
             if fault.kind in wanted and matches(fault, occasion) and not is_spent(fault, before, occasion):
-                self._firings[key] = Firings(before.count + 1, occasion.attempt, occasion.step)
+                self._firings[key] = Firings(before.count + 1, occasion.step)
                 fired.append(Fired(fault, before.count + 1))
         if fired:
             _write(self._file, self._firings)
@@ -90,11 +89,11 @@ class Injector:
 def _read(path: Path) -> dict[str, Firings]:
     if not path.exists():
         return {}
-    return {key: Firings(**value) for key, value in json.loads(path.read_bytes()).items()}
+    return {key: Firings(count) for key, count in json.loads(path.read_bytes()).items()}
 
 
 def _write(path: Path, firings: Mapping[str, Firings]) -> None:
     """Replace the file as a whole; it must outlive this process, not the machine, so nothing is synced."""
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps({key: asdict(value) for key, value in firings.items()}))
+    fresh.write_text(json.dumps({key: value.count for key, value in firings.items()}))
     os.replace(fresh, path)
