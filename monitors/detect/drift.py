@@ -1,5 +1,6 @@
 """Slow divergence: block medians that climb without a jump, and losses that are too good to be true."""
 
+import itertools
 from statistics import median
 
 from pydantic import BaseModel, Field
@@ -77,8 +78,8 @@ class DriftDetector:
         last = [block.loss for block in state.blocks[-_CLIMBING:]]
         rise = min(last) - lowest.loss
         needed = max(settings.drift_nats, settings.drift_share * lowest.loss, 5 * self._noise())
-        climbing = all(late >= early - self._noise() for early, late in zip(last, last[1:], strict=False))
-        gradual = max((b.loss - a.loss for a, b in zip(since, since[1:], strict=False)), default=0.0) < 0.7 * rise
+        climbing = all(late >= early - self._noise() for early, late in itertools.pairwise(last))
+        gradual = max((b.loss - a.loss for a, b in itertools.pairwise(since)), default=0.0) < 0.7 * rise
         if len(since) < _CLIMBING + 1 or rise < needed or not climbing or not gradual:
             return []
         state.key, state.onset_step = next_key, lowest.step
@@ -101,7 +102,7 @@ class DriftDetector:
     def _noise(self) -> float:
         """How far neighbouring block medians differ by chance."""
         blocks = self.state.blocks
-        jumps = [abs(b.loss - a.loss) for a, b in zip(blocks, blocks[1:], strict=False)]
+        jumps = [abs(b.loss - a.loss) for a, b in itertools.pairwise(blocks)]
         return median(jumps) if jumps else 0.0
 
     # -- too good to be true --------------------------------------------------------------------------------------
