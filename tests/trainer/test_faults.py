@@ -143,18 +143,19 @@ def test_weight_faults_hit_their_layer() -> None:
     assert torch.equal(now[32:], queries[32:])
 
 
-def test_drift_raises_the_loss_slowly_and_for_good() -> None:
-    """Each drifting step costs a little; no single one is a jump."""
+def test_drift_raises_the_loss_slowly_although_training_goes_on() -> None:
+    """The optimizer cannot keep up, and no single step is a jump."""
     step = tiny_step(tiny_model())
     tokens = tiny_tokens()
-    for _ in range(60):
-        step(tokens, 1e-2)
+    for _ in range(80):
+        step(tokens, 3e-3)
     losses = []
-    for number in range(40):
-        effects.drift(step.model, fault("loss_drift", factor=0.05), number)
-        losses.append(step(tokens, 0.0).read().loss)
-    assert losses[-1] > losses[0] + 0.05
-    assert max(np.diff(losses)) < 0.5 * (losses[-1] - losses[0]) + 0.2
+    for number in range(1, 81):
+        effects.drift(step.model, fault("loss_drift", factor=0.02, steps=(1, 80)), number, number)
+        losses.append(step(tokens, 3e-3).read().loss)
+    early, late = np.mean(losses[:10]), np.mean(losses[-10:])
+    assert late > early + 0.3
+    assert max(np.diff(losses)) < 0.6 * (late - early)
 
 
 def test_drop_moments_forgets_everything() -> None:

@@ -182,7 +182,7 @@ class FaultConfig(Section):
     factor: float = Field(
         100.0,
         description="lr_bomb, lr_override, scale_qk and saturate_layer: a factor; leak_targets: odds; slow: seconds; "
-        "loss_drift: share of its RMS that each matrix moves at random per step",
+        "loss_drift: about so many nats a step, by growing noise on the weights",
     )
     target: Literal["weight", "gradient"] = "weight"
     mode: Literal["gil_held", "gil_free", "sigstop"] = "gil_free"

@@ -147,7 +147,7 @@ class FaultDesk:
             case "scale_qk":
                 effects.scale_qk(core.model, fault)
             case "loss_drift":
-                effects.drift(core.model, fault, step)
+                effects.drift(core.model, fault, step, fired.count)
             case "bit_flip" if fault.target == "weight":
                 effects.flip_weight_bit(core.model, fault)
             case "bit_flip":
