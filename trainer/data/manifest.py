@@ -17,6 +17,7 @@ from trainer.data.errors import DataError, DataUnreachableError
 from trainer.data.formats import Layout, inspect, storage_errors
 
 MANIFEST_NAME = "manifest.json"
+UNFINISHED_NAME = ".prepare.json"  # lies beside the shards until they are all there
 _SUFFIXES = (".bin", ".npy", ".ds")
 
 
@@ -47,6 +48,7 @@ class DataManifest(BaseModel):
     version: int = 1
     vocab_size: int = Field(ge=2)
     tokenizer: str = ""
+    prepared_from: str = Field("", description="digest of sources and options; no part of the data's own digest")
     shards: tuple[Shard, ...] = Field(min_length=1)
 
     @property
@@ -110,6 +112,8 @@ def _derive(place: Place, config: DataConfig) -> DataManifest:
         raise DataError(f"{place.url}: no such directory", "prepare data into it, or correct the URL") from error
     except storage_errors(place.fs) as error:
         raise DataUnreachableError(f"{place.url}: {error}", "see whether the place is reachable") from error
+    if UNFINISHED_NAME in names:
+        raise DataError(f"{place.url}: its preparation is not finished", "run the same `data prepare` again")
     names = [name for name in names if name.endswith(_SUFFIXES)]
     if not names:
         raise DataError(
