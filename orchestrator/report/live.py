@@ -32,6 +32,9 @@ Clock = Callable[[], float]
 class Display(Protocol):
     """What the supervisor tells as it goes."""
 
+    def say(self, text: str) -> None:
+        """A line of its own."""
+
     def folded(self, event: Event, decisions: Sequence[Decision]) -> None:
         """An event was journaled with what was decided on it."""
 
@@ -57,6 +60,11 @@ class PlainDisplay:
         self._next_step_s = clock()
         self._tokens_per_s: float | None = None
         self._incidents: dict[int, str] = {}
+
+    def say(self, text: str) -> None:
+        """Write a line."""
+        style = _STYLES.get(text.partition(" ")[0], "")
+        self._console.print(Text(text, style=style), soft_wrap=True)
 
     def folded(self, event: Event, decisions: Sequence[Decision]) -> None:
         """Write the lines of an event and of its decisions."""
@@ -86,8 +94,7 @@ class PlainDisplay:
 
     def _line(self, text: str | None) -> None:
         if text is not None:
-            style = _STYLES.get(text.partition(" ")[0], "")
-            self._console.print(Text(text, style=style), soft_wrap=True)
+            self.say(text)
 
 
 class LiveDisplay:
@@ -99,6 +106,10 @@ class LiveDisplay:
         self._next_s = clock()
         self._live = Live(console=console, auto_refresh=False, transient=False)
         self._live.start()
+
+    def say(self, text: str) -> None:
+        """Write a line above the picture."""
+        self._lines.say(text)
 
     def folded(self, event: Event, decisions: Sequence[Decision]) -> None:
         """Write the lines of an event and of its decisions above the picture."""

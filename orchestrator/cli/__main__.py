@@ -1,0 +1,7 @@
+"""`python -m orchestrator.cli` is `longwatch`."""
+
+import sys
+
+from orchestrator.cli.app import main
+
+sys.exit(main())

@@ -1,0 +1,96 @@
+"""`longwatch launch` and `resume`: a run starts, goes on, or is taken up again, and is watched until it ends."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from monitors.exporter import ExporterError
+from orchestrator.cli.check import RunFile, SetOption
+from orchestrator.cli.find import NoSuchRunError, RunArgument, find_run
+from orchestrator.cli.output import out, remark
+from orchestrator.config import ResolvedRun, resolve, resolve_again
+from orchestrator.launching import Launch, prepare, supervise
+from orchestrator.policy.state import Incident
+from orchestrator.report.lines import line
+from orchestrator.report.live import Display, display_for
+from orchestrator.supervisor import Update
+
+
+def launch(
+    run_file: RunFile,
+    sets: SetOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start from scratch; the old run is set aside.")] = False,
+) -> None:
+    """Start a run, or go on with it: the same command does both. SIGTERM saves and exits 75, Ctrl-C saves and exits 5.
+
+    Exit codes: 0 finished, 1 failed, 2 usage or configuration, 3 halted by policy, 4 budget used up, 5 stopped by the
+    operator, 75 preempted: run me again.
+    """
+    _watch(prepare(_resolved(run_file, sets or []), fresh=fresh))
+
+
+def resume(
+    because: Annotated[str, typer.Option(help="Why it may go on; it is written into the journal.")],
+    run: RunArgument = None,
+) -> None:
+    """Take up a run that its policy has halted, and watch it until it ends."""
+    found: ResolvedRun = resolve_again(find_run(run))
+    if not because.strip():
+        remark("--because must say why the run may go on; it is written into the journal")
+        raise typer.Exit(2)
+    _watch(prepare(found, resume_because=because.strip()))
+
+
+def _resolved(named: Path, sets: list[str]) -> ResolvedRun:
+    """Of a file, or of the file that a run directory was launched from, with its overrides if there are no others."""
+    if not named.is_dir():
+        return resolve(named, sets)
+    if (named / "run.db").exists():
+        again = resolve_again(find_run(str(named)))
+        return resolve(again.source, sets) if sets else again
+    if (named / "run.yaml").exists():
+        return resolve(named / "run.yaml", sets)
+    raise NoSuchRunError(str(named))
+
+
+def _watch(ready: Launch) -> None:
+    console = out()
+    if ready.changed:
+        console.print(line("changed", keys=",".join(ready.changed)), markup=False)
+    console.print(line("run", dir=str(ready.run.paths.root), store=ready.store.url), markup=False)
+    display = display_for(console)
+    watcher = _Watcher(display)
+    try:
+        code = supervise(ready, watcher.update)
+    except ExporterError as error:
+        remark(str(error))
+        code = 2
+    finally:
+        display.close()
+        ready.store.close()
+    raise typer.Exit(code)
+
+
+class _Watcher:
+    """Hands the supervisor's updates to a display, and says once where the metrics are."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._told = False
+
+    def update(self, update: Update, incidents: Sequence[Incident]) -> None:
+        """What happened since the last time, and how the run stands."""
+        if update.metrics_url and not self._told:
+            self._told = True
+            self._display.say(line("metrics", url=update.metrics_url))
+        for folded in update.folded:
+            self._display.folded(folded.event, folded.decisions)
+        self._display.refresh(update.status, incidents)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command(epilog="Example: longwatch launch run.yaml --set steps=1000")(launch)
+    app.command(epilog='Example: longwatch resume runs/my-run --because "the node was replaced"')(resume)
