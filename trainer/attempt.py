@@ -55,9 +55,10 @@ class Attempt:
         except Exception as error:  # the process boundary: told, logged, and mapped to an exit code
             failure = describe(error)
             code = failure.code
-            log.exception("attempt_failed", code=int(code), type=failure.type)
-            self._tell(failure)
-        with contextlib.suppress(OSError):  # a full disk keeps no exit file; the code of the process still says why
+            with contextlib.suppress(OSError):  # what cannot be written on a full disk is said by the code alone
+                log.exception("attempt_failed", code=int(code), type=failure.type)
+                self._tell(failure)
+        with contextlib.suppress(OSError):
             write_exit_file(self._paths.exit_file(self._number), code, failure, self._step)
         return code
 
@@ -78,16 +79,15 @@ class Attempt:
             loop.close()
 
     def _tell(self, failure: Failure) -> None:
-        with contextlib.suppress(OSError):
-            self._reporter.emit(
-                ErrorRecord,
-                step=self._step,
-                where=failure.where,
-                type=failure.type,
-                message=failure.message,
-                frames=failure.frames,
-                traceback=failure.traceback,
-            )
+        self._reporter.emit(
+            ErrorRecord,
+            step=self._step,
+            where=failure.where,
+            type=failure.type,
+            message=failure.message,
+            frames=failure.frames,
+            traceback=failure.traceback,
+        )
 
 
 def read_config(path: Path) -> RunConfig:

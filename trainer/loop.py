@@ -28,6 +28,7 @@ from trainer.contract.commands import ApplyPlan, CheckpointNow, Command, Command
 from trainer.contract.exit_codes import ExitCode
 from trainer.contract.liveness import Phase
 from trainer.contract.plan import overlay_factor
+from trainer.data.errors import DataError
 from trainer.data.stream import validation_batches
 from trainer.errors import SaveFailedError
 from trainer.evaluate import evaluate
@@ -81,6 +82,7 @@ class Loop:
         self._phase: Phase | None = None
         self._steps_run = 0
         self._save_due = False
+        self._waited = False
         self._evaluated_step: int | None = None
         self._leaving: Reason | None = None
 
@@ -98,9 +100,14 @@ class Loop:
         """
         last_step = self._replay.to_step if self._replay is not None else self._config.steps
         self._begin()
-        while self._leaving is None and self.step < last_step:
-            self._train_one()
-            self._boundary()
+        try:
+            while self._leaving is None and self.step < last_step:
+                self._train_one()
+                self._boundary()
+        except DataError:  # whoever mends the data goes on from here, not from the last scheduled checkpoint
+            self._settle()
+            self._save_for_good()
+            raise
         return self._end()
 
     def close(self) -> None:
@@ -147,7 +154,8 @@ class Loop:
         self._saver.flush(deadline_s)
         if self._saver.saved_step != self.step:
             self._save(even_if_skipped=True)
-        if self._leaving is None and self._evaluated_step != self.step and self._steps_run:
+        done = self.step == self._config.steps
+        if done and self._leaving is None and self._evaluated_step != self.step and self._steps_run:
             self._evaluate(None)
         self._enter(Phase.SAVE)
         self._saver.flush(deadline_s)
@@ -284,12 +292,14 @@ class Loop:
     # Saving
 
     def _ready_to_save(self) -> bool:
-        """Whether a snapshot can be taken now; what is due stays due until it is."""
-        return self._m.writer.flush(_PATIENCE_S)
+        """Whether a snapshot can be taken now; what is due stays due until it is, and waits once."""
+        patience_s = 0.0 if self._waited else _PATIENCE_S
+        self._waited = True
+        return self._m.writer.flush(patience_s)
 
     def _save(self, *, even_if_skipped: bool = False) -> None:
         """Snapshot the state of this step, unless it is saved already, or not finite."""
-        self._save_due = False
+        self._save_due = self._waited = False
         self._settle()
         self._saver.poll()
         if self._saver.saved_step == self.step:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.attempts import DEADLINE_S, TinyRun
+from tests.trainer.attempts import DEADLINE_S, VOCAB, TinyRun
 from trainer.checkpoint import load_checkpoint
 from trainer.contract.exit_codes import ExitCode
 from trainer.contract.fence import commits_present
@@ -126,3 +126,18 @@ def test_missing_data_ends_with_its_own_code(tmp_path: Path) -> None:
     (error,) = run.records(1, "error")
     assert str(tmp_path / "corpus") in error["message"]
     assert json.loads(run.paths.exit_file(1).read_text())["error"]["type"] == error["type"]
+
+
+def test_a_token_outside_the_vocabulary_ends_the_attempt_and_loses_nothing(tmp_path: Path) -> None:
+    """Found when it is read: 65, the shard is named, and what was trained before is committed."""
+    run = TinyRun(tmp_path, {"steps": 200, "checkpoint": {"every_steps": 1000}})
+    shard = tmp_path / "corpus" / "shard-2.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[-1000:-998] = (VOCAB + 5).to_bytes(2, "little")
+    shard.write_bytes(raw)
+    assert run.run() == ExitCode.DATA
+    (error,) = run.records(1, "error")
+    assert "shard-2.bin" in error["message"]
+    trained = run.records(1, "step")[-1]["step"]
+    assert trained > 0
+    assert [row["step"] for row in run.records(1, "commit")] == [0, trained]
