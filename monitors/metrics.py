@@ -73,7 +73,7 @@ TABLE: tuple[Metric, ...] = (
     Metric("step", "gauge", "Updates done in the surviving lineage; goes back at a rollback."),
     Metric("planned_steps", "gauge", "Updates planned."),
     Metric("attempt", "gauge", "Number of the current attempt."),
-    Metric("tokens", "gauge", "Tokens trained on in the surviving lineage."),
+    Metric("lineage_tokens", "gauge", "Tokens trained on in the surviving lineage."),
     Metric("trainer_up", "gauge", "1 while a trainer process lives."),
     Metric("open_incidents", "gauge", "Incidents going on or not yet judged."),
     Metric("restarts_left", "gauge", "Restarts that the process budget still allows."),
@@ -140,7 +140,7 @@ class RunGauges:
     step: int
     planned_steps: int
     attempt: int
-    tokens: int
+    lineage_tokens: int
     trainer_up: bool
     open_incidents: int
     restarts_left: int
@@ -211,7 +211,7 @@ class Metrics:
         for state in RUN_STATES:
             self.set("state", float(state == run.state), state)
         for name in (
-            "step", "planned_steps", "attempt", "tokens", "trainer_up", "open_incidents", "restarts_left",
+            "step", "planned_steps", "attempt", "lineage_tokens", "trainer_up", "open_incidents", "restarts_left",
             "rollbacks_left", "quarantined_shards", "lr_factor", "last_commit_step", "last_good_step",
         ):  # fmt: skip
             value = getattr(run, name)

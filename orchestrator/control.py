@@ -57,7 +57,7 @@ class Response(_Message):
     status: dict[str, Any] | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Client:
     """A connection on the server's side, from its acceptance to its answer."""
 

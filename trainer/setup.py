@@ -136,7 +136,7 @@ def build_step(config: RunConfig, vocab_size: int, device: torch.device, precisi
         clip_norm=config.optimizer.clip_norm,
         micro_sequences=config.batch.micro_sequences,
         scaler=precision.scaler(),
-        forward=torch.compile(model) if config.compile else None,
+        forward=torch.compile(model).__call__ if config.compile else None,
     )
 
 

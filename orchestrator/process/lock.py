@@ -86,13 +86,13 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a supervisor has the run now."""
+    """Whether anybody has the lock now. Asks for a shared one, by which `holders` knows an onlooker."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
@@ -107,43 +107,42 @@ def take_child_lock(path: Path) -> int:
         ChildLockHeldError: a process of an earlier attempt still has it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _taken(descriptor):
         os.close(descriptor)
-        raise ChildLockHeldError(tuple(holders(path))) from None
+        raise ChildLockHeldError(tuple(holders(path)))
     return descriptor
 
 
 def is_free(path: Path) -> bool:
     """Whether no process of any attempt holds the child's lock."""
-    try:
-        os.close(take_child_lock(path))
-    except ChildLockHeldError:
-        return False
-    return True
+    return not is_held(path)
 
 
 def holders(path: Path) -> Iterator[int]:
-    """Pids that have the file open, other than our own; processes of other users can't be seen."""
+    """Pids, other than our own, that hold the lock; processes of other users can't be seen.
+
+    A process that only looks whether it is held has the file open too, so the lock itself must be seen (fdinfo).
+    """
     try:
         wanted = path.stat()
     except FileNotFoundError:
         return
     for process in Path("/proc").iterdir():
-        if process.name.isdecimal() and int(process.name) != os.getpid() and _has_open(process, wanted):
+        if process.name.isdecimal() and int(process.name) != os.getpid() and _holds(process, wanted):
             yield int(process.name)
 
 
-def _has_open(process: Path, wanted: os.stat_result) -> bool:
+def _holds(process: Path, wanted: os.stat_result) -> bool:
     try:
         for entry in (process / "fd").iterdir():
             try:
                 found = entry.stat()
+                if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    locks = (process / "fdinfo" / entry.name).read_text()
+                    if "FLOCK" in locks and "WRITE" in locks:
+                        return True
             except OSError:
                 continue  # closed in the meantime, or a socket
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-                return True
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False  # gone, or not ours
     return False

@@ -1,0 +1,285 @@
+"""The supervisor's loop: gather events, fold them, journal, carry out. Effects only; every rule is in the engine.
+
+One thread waits on the trainer's pidfd, the record bell, the control socket, the store thread's results, signals and
+the clock. Events and decisions are durable before any effect starts, so a SIGKILL at any moment loses nothing: the
+next supervisor restores the engine from the journal, takes a living trainer over without touching it, and finishes
+what was decided and not done. Decisions in the journal are never computed again.
+"""
+
+import secrets
+import selectors
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+
+import structlog
+
+from monitors.exporter import Exporter
+from monitors.metrics import Metrics
+from orchestrator.control import Server
+from orchestrator.core import MakeCore, Setup, Update
+from orchestrator.effects import Effects, Tools
+from orchestrator.frontdesk import FrontDesk, signal_pipe
+from orchestrator.journal import Batch, Folded, Journal, StoredDecision
+from orchestrator.policy.events import (
+    AttemptExited,
+    Event,
+    HangConfirmed,
+    HangSuspected,
+    RecordReceived,
+    ResumeRequested,
+    RunOpened,
+    Ticked,
+)
+from orchestrator.process.attempt import Attempt, Departure
+from orchestrator.process.child import become_subreaper, reap_orphans
+from orchestrator.process.inbox import Bell, Inbox
+from orchestrator.process.lock import RunLock
+from orchestrator.store_work import StoreWorker
+from orchestrator.takeover import open_engine, take_over
+from orchestrator.telemetry import Telemetry
+
+__all__ = ["Setup", "Supervisor", "Update"]
+
+_SNAPSHOT_EVERY = 1000  # events: folding so many again takes well under a second
+_GATHER_S = 0.05  # records that come within this share a transaction: one fsync, not one a step
+_SOON_S = 1.0  # at the end of a run, what is due within this is waited for; later retries are the next launch's
+_WORKER_ENDS_S = 1.0
+_LOG = structlog.get_logger(__name__)
+
+
+class Supervisor:
+    """One run from now to its end. `run` may be called once, in the main thread."""
+
+    def __init__(self, setup: Setup, make_core: MakeCore, on_update: Callable[[Update], None] | None = None) -> None:
+        self._setup = setup
+        self._make_core = make_core
+        self._on_update = on_update
+        self._inbox: Inbox | None = None
+        self._read_at_s: float | None = None
+        self._since_snapshot = 0
+        self._metrics_url: str | None = None
+
+    def run(self) -> int:
+        """Supervise until the run ends; returns the exit code.
+
+        Raises:
+            OrchestratorError: another supervisor has the run, the journal can't be used, the trainer can't be started.
+            ExporterError: the metrics port is in use.
+        """
+        with ExitStack() as stack:
+            self._open(stack)
+            self._begin()
+            while not self._is_over():
+                self._turn()
+            return self._leave()
+
+    # -- opening ----------------------------------------------------------------------------------------------------
+
+    def _open(self, stack: ExitStack) -> None:
+        setup, paths = self._setup, self._setup.paths
+        paths.create()
+        stack.enter_context(RunLock(paths.lock))
+        self._journal = stack.enter_context(closing(Journal.open(paths.database)))
+        metrics = Metrics(setup.config.name, setup.config_digest[:12], setup.code_version)
+        if setup.config.metrics.port is not None:
+            exporter = Exporter(metrics.registry, setup.config.metrics.host, setup.config.metrics.port)
+            self._metrics_url = stack.enter_context(exporter).url
+        self._core, totals = open_engine(self._journal, self._make_core)
+        self._telemetry = Telemetry(metrics)
+        self._telemetry.restore(totals, self._core.incidents(), self._core.status().step)
+        metrics.count("supervisor_starts_total")
+        become_subreaper()
+        self._selector = stack.enter_context(selectors.DefaultSelector())
+        signals = stack.enter_context(signal_pipe())
+        self._bell = stack.enter_context(Bell(paths.records_socket))
+        server = stack.enter_context(Server(paths.control_socket))
+        self._desk = stack.enter_context(closing(FrontDesk(self._selector, server, signals)))
+        self._worker = StoreWorker()
+        stack.callback(self._worker.close, _WORKER_ENDS_S)
+        for source in (self._bell, self._worker):
+            self._selector.register(source, selectors.EVENT_READ)
+        nonce = self._journal.meta("nonce") or secrets.token_hex(16)
+        tools = Tools(paths, setup.config, self._journal, setup.store, self._worker, metrics, nonce)
+        self._journal.commit(Batch(meta={"nonce": nonce, "metrics_url": self._metrics_url or ""}))
+        self._effects = Effects(tools)
+        stack.callback(self._let_go)
+
+    def _begin(self) -> None:
+        """Take over what the last supervisor left, then tell the engine that the run is open."""
+        setup = self._setup
+        taken = take_over(self._journal, self._effects, setup.paths, setup.config.deadlines)
+        if taken.attempt is not None:
+            self._effects.attempt = taken.attempt
+            self._follow(taken.attempt)
+        now_s = time.time()
+        events = self._effects.take_events()
+        if setup.resume_because is not None:
+            events.append(ResumeRequested(at_s=now_s, because=setup.resume_because))
+        opened = RunOpened(
+            at_s=now_s,
+            run_id=setup.config.name,
+            config_digest=setup.config_digest,
+            policy_digest=setup.policy_digest,
+            code_version=setup.code_version,
+            adopted=taken.attempt.number if taken.attempt and taken.attempt.pid else None,
+            fresh=setup.fresh,
+        )
+        self._next_tick_s = time.monotonic()
+        self._process([*events, opened])
+        for stored in taken.pending:
+            self._effects.carry_out(stored)
+
+    def _follow(self, attempt: Attempt) -> None:
+        """Read its records and wait for its end."""
+        self._inbox = Inbox(self._setup.paths, attempt.number, self._journal.cursor(attempt.number))
+        if attempt.child is not None:
+            self._selector.register(attempt.child.pidfd, selectors.EVENT_READ)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def _is_over(self) -> bool:
+        return self._effects.end is not None and self._effects.attempt is None
+
+    def _turn(self) -> None:
+        ready: set[object] = {key.fileobj for key, _ in self._selector.select(self._patience_s())}
+        asked = self._desk.take_in(ready)
+        if self._bell in ready:
+            self._selector.unregister(self._bell)  # heard; what else comes in the meantime is read with it
+            self._read_at_s = time.monotonic() + _GATHER_S
+        for finished in self._worker.finished():
+            self._effects.store_finished(finished)
+        self._effects.timers.run()
+        now_s = time.monotonic()
+        attempt = self._effects.attempt
+        departure = self._advance(attempt, ready, now_s) if attempt is not None else None
+        ticked = self._tick(now_s) if now_s >= self._next_tick_s else []
+        read = bool(ticked) or departure is not None or (self._read_at_s is not None and now_s >= self._read_at_s)
+        records = self._records(everything=departure is not None) if read else []
+        events = [*self._effects.take_events(), *records, *asked, *ticked]
+        if attempt is not None and departure is not None:
+            events.append(self._departed(attempt, departure))
+        self._process(events)
+        self._desk.answer(self._core.status())
+
+    def _patience_s(self) -> float:
+        attempt = self._effects.attempt
+        due = (self._next_tick_s, self._read_at_s, self._effects.timers.due_s(), attempt.due_s() if attempt else None)
+        return max(0.0, min(at_s for at_s in due if at_s is not None) - time.monotonic())
+
+    def _process(self, events: Sequence[Event]) -> None:
+        """Fold, make durable, carry out; again for what the effects themselves led to."""
+        while events:
+            folded = tuple(Folded(event, tuple(self._core.fold(event))) for event in events)
+            stored = self._commit(folded)
+            self._telemetry.decided(stored)
+            for one in stored:
+                self._effects.carry_out(one)
+            attempt = self._effects.attempt
+            if attempt is not None and (self._inbox is None or self._inbox.attempt != attempt.number):
+                self._follow(attempt)
+            if self._on_update is not None:
+                self._on_update(Update(self._core.status(), folded, self._metrics_url))
+            events = self._effects.take_events()
+
+    def _commit(self, folded: tuple[Folded, ...], *, snapshot: bool = False) -> list[StoredDecision]:
+        self._since_snapshot = 0 if snapshot else self._since_snapshot + len(folded)
+        if self._since_snapshot >= _SNAPSHOT_EVERY:
+            self._since_snapshot, snapshot = 0, True
+        status, attempt = self._core.status(), self._effects.attempt
+        incidents = self._telemetry.changed(self._core.incidents())
+        self._telemetry.show(status, trainer_up=attempt is not None and attempt.pid is not None)
+        return self._journal.commit(
+            Batch(
+                folded=folded,
+                incidents=incidents,
+                cursors={self._inbox.attempt: self._inbox.cursor} if self._inbox else {},
+                outcomes=self._effects.take_outcomes(),
+                meta={"status": status.model_dump_json(), "totals": self._telemetry.totals()},
+                snapshot=self._core.snapshot() if snapshot else None,
+            )
+        )
+
+    # -- what the loop watches --------------------------------------------------------------------------------------
+
+    def _records(self, *, everything: bool) -> list[Event]:
+        """Records that have come in; of an attempt that has ended, all there will ever be."""
+        if self._read_at_s is not None:
+            self._read_at_s = None
+            self._selector.register(self._bell, selectors.EVENT_READ)
+        self._bell.drain()  # before the file is read: a record that comes later rings again
+        events: list[Event] = []
+        if self._inbox is None:
+            return events
+        metrics, rejected = self._telemetry.metrics, self._inbox.rejected
+        while records := self._inbox.poll():
+            for record in records:
+                metrics.observe(record)
+                events.append(RecordReceived(at_s=time.time(), record=record))
+            if not everything:
+                break
+        metrics.count("records_rejected_total", by=self._inbox.rejected - rejected)
+        return events
+
+    def _tick(self, now_s: float) -> list[Event]:
+        planned_s, self._next_tick_s = self._next_tick_s, now_s + self._setup.tick_s
+        reap_orphans()
+        return [*self._look(now_s, planned_s), Ticked(at_s=time.time())]
+
+    def _look(self, now_s: float, planned_s: float) -> list[Event]:
+        attempt = self._effects.attempt
+        seen = attempt.look(now_s, planned_s) if attempt else None
+        if attempt is None or seen is None or not seen.changed:
+            return []
+        _LOG.warning("hang", stage=seen.verdict, attempt=attempt.number, phase=seen.phase, silent_s=seen.silent_s)
+        self._telemetry.metrics.count("hangs_total", seen.verdict)
+        kind = HangConfirmed if seen.verdict == "confirmed" else HangSuspected
+        return [
+            kind(at_s=time.time(), attempt=attempt.number, phase=seen.phase, step=seen.step, silent_s=seen.silent_s)
+        ]
+
+    def _advance(self, attempt: Attempt, ready: set[object], now_s: float) -> Departure | None:
+        if attempt.child is not None and attempt.child.pidfd in ready:
+            self._selector.unregister(attempt.child.pidfd)
+            attempt.exited(now_s)
+        return attempt.advance(now_s)
+
+    def _departed(self, attempt: Attempt, departure: Departure) -> AttemptExited:
+        cause, status = departure.cause, departure.status
+        _LOG.info("attempt_exited", attempt=attempt.number, cause=cause.cause, detail=cause.detail)
+        self._telemetry.metrics.count("attempt_exits_total", cause.cause)
+        attempt.close()
+        self._effects.departed()
+        return AttemptExited(
+            at_s=time.time(),
+            attempt=attempt.number,
+            cause=cause.cause,
+            code=status.code,
+            signum=status.signum,
+            detail=cause.detail,
+            frames=cause.frames,
+        )
+
+    # -- leaving ----------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> int:
+        """Let store calls and evidence come to their end, keep the state, and say how the run ended."""
+        assert self._effects.end is not None
+        deadline_s = time.monotonic() + self._setup.config.store.timeout_s
+        while self._unfinished() and time.monotonic() < deadline_s:
+            time.sleep(_GATHER_S)
+            self._effects.timers.run()
+            for finished in self._worker.finished():
+                self._effects.store_finished(finished)
+        self._effects.ended()
+        self._commit((), snapshot=True)
+        return self._effects.end.exit_code
+
+    def _unfinished(self) -> bool:
+        due_s = self._effects.timers.due_s()
+        return self._worker.outstanding > 0 or (due_s is not None and due_s <= time.monotonic() + _SOON_S)
+
+    def _let_go(self) -> None:
+        """Whatever ends this supervisor, the trainer is left alone: the next one takes it over."""
+        if self._effects.attempt is not None:
+            self._effects.attempt.close()

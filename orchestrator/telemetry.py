@@ -1,0 +1,73 @@
+"""Between the engine and the metrics: what a fold has changed, counted once each, also over restarts."""
+
+import json
+import time
+
+from monitors.metrics import Metrics, RunGauges
+from orchestrator.journal import StoredDecision
+from orchestrator.policy.state import Incident, RunStatus
+
+
+class Telemetry:
+    """Remembers what was counted already. `metrics` is what Prometheus reads."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self._incidents: dict[int, str] = {}
+        self._actions: dict[int, int] = {}
+
+    def restore(self, totals: dict[str, float], incidents: list[Incident], step: int) -> None:
+        """Go on from a journal: these incidents were written and counted."""
+        self.metrics.restore(totals, step)
+        for incident in incidents:
+            self._incidents[incident.id] = _text(incident)
+            self._actions[incident.id] = len(incident.decision)
+
+    def totals(self) -> str:
+        """All counters as JSON."""
+        return json.dumps(self.metrics.totals())
+
+    def changed(self, incidents: list[Incident]) -> dict[int, str]:
+        """Incidents that differ from what was written last, as JSON; new ones and new actions are counted."""
+        changed: dict[int, str] = {}
+        for incident in incidents:
+            text = _text(incident)
+            if self._incidents.get(incident.id) == text:
+                continue
+            if incident.id not in self._incidents:
+                self.metrics.count("incidents_total", incident.cls)
+            for action in incident.decision[self._actions.get(incident.id, 0) :]:
+                self.metrics.count("actions_total", action)
+            self._actions[incident.id] = max(len(incident.decision), self._actions.get(incident.id, 0))
+            changed[incident.id] = self._incidents[incident.id] = text
+        return changed
+
+    def decided(self, stored: list[StoredDecision]) -> None:
+        """Count new decisions."""
+        for one in stored:
+            self.metrics.count("decisions_total", one.decision.kind)
+
+    def show(self, status: RunStatus, *, trainer_up: bool) -> None:
+        """Bring the gauges up to date."""
+        self.metrics.show(
+            RunGauges(
+                state=status.state,
+                step=status.step,
+                planned_steps=status.total_steps,
+                attempt=status.attempt,
+                lineage_tokens=status.tokens,
+                trainer_up=trainer_up,
+                open_incidents=status.open_incidents,
+                restarts_left=status.restarts_left,
+                rollbacks_left=status.rollbacks_left,
+                quarantined_shards=len(status.quarantined_shards),
+                lr_factor=status.lr_factor,
+                last_commit_step=status.last_commit_step,
+                last_good_step=status.last_good_step,
+                at_s=time.time(),
+            )
+        )
+
+
+def _text(incident: Incident) -> str:
+    return incident.model_dump_json(by_alias=True)
