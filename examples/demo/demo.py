@@ -22,9 +22,8 @@ from orchestrator.report.incidents import cost_text, incident_lines, total_cost
 from trainer.contract.config import RunConfig
 
 HERE = Path(__file__).parent
-TRAIN_BYTES = 12_000_000  # at least 8 MB are wanted
-VALIDATION_BYTES = 400_000
-SHARD_TOKENS = 500_000  # 24 shards of the above; at least 16 are wanted
+MIN_BYTES = 9_000_000  # after a share is held out, at least 8 MB are to train on
+SHARD_TOKENS = 400_000  # at least 16 shards of the above
 MAX_VALIDATION_LOSS = 2.3  # nats a byte; bigrams alone give about 2.4
 
 console = Console(highlight=False, soft_wrap=True)
@@ -85,31 +84,30 @@ def facts(*arguments: str) -> dict[str, Any]:
 
 
 def prepare(root: Path) -> int:
-    """Collect sources into two texts that share no file, and make shards of them."""
-    texts = root / "text"
-    texts.mkdir()
-    with (texts / "train.txt").open("wb") as train, (texts / "validation.txt").open("wb") as validation:
-        for number, source in enumerate(sources()):
-            # every 25th file is held out
-            target, limit = (validation, VALIDATION_BYTES) if number % 25 == 0 else (train, TRAIN_BYTES)
-            if target.tell() < limit:
-                target.write(source.read_bytes())
-            elif train.tell() >= TRAIN_BYTES and validation.tell() >= VALIDATION_BYTES:
-                break
-    for part in ("train", "validation"):
-        arguments = ["--out", str(root / "data" / part), "--shard-tokens", str(SHARD_TOKENS)]
-        if code := longwatch("data", "prepare", str(texts / f"{part}.txt"), *arguments):
-            return code
-    return 0
+    """Make token shards of the sources on this machine, a share of the files held out."""
+    options = ["--suffix", ".py", "--shard-tokens", str(SHARD_TOKENS), "--validation-fraction", "0.04"]
+    return longwatch("data", "prepare", *sources(), "--out", str(root / "data" / "train"), *options)
 
 
-def sources() -> Iterator[Path]:
-    """Python's standard library, its tests last; then, where that is small, what is installed beside it."""
-    library = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in sorted(library.rglob("*.py")) if not path.is_relative_to(library / "site-packages")]
-    yield from (path for path in files if "test" not in str(path.relative_to(library)))
-    yield from (path for path in files if "test" in str(path.relative_to(library)))
-    yield from sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))
+def sources() -> list[str]:
+    """Python's standard library; where a system ships little of it, its tests and what is installed beside it too."""
+    library, installed = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+    parts = [path for path in sorted(library.iterdir()) if path.name not in ("site-packages", "dist-packages", "test")]
+    chosen: list[str] = []
+    total = 0
+    for part in [*parts, library / "test", *sorted(installed.iterdir())]:
+        size = sum(file.stat().st_size for file in python_files(part))
+        if size and (total < MIN_BYTES or part in parts):
+            chosen.append(str(part))
+            total += size
+    return chosen
+
+
+def python_files(path: Path) -> list[Path]:
+    """Sources at or below a path."""
+    if path.is_dir():
+        return sorted(path.rglob("*.py"))
+    return [path] if path.suffix == ".py" else []
 
 
 # -- judgement --------------------------------------------------------------------------------------------------------
