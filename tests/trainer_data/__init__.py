@@ -1,0 +1,1 @@
+"""Token data: formats, order, cursor, stream, preparation."""
