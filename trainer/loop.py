@@ -83,6 +83,7 @@ class Loop:
         self._steps_run = 0
         self._save_due = False
         self._waited = False
+        self._compiled: set[bool] = set()
         self._evaluated_step: int | None = None
         self._leaving: Reason | None = None
 
@@ -128,7 +129,7 @@ class Loop:
             if self._saver.saved_step != 0:
                 raise SaveFailedError(0, self._saver.last_error)
         self._obey()
-        self._enter(Phase.COMPILE if self._config.compile else Phase.WARM_UP)
+        self._enter(Phase.WARM_UP)
         self._clock_s = time.monotonic()
 
     def _end(self) -> ExitCode:
@@ -179,8 +180,10 @@ class Loop:
         planned *= overlay_factor(self._overlays, number) * given.planned_factor
         lr = planned * given.applied_factor
         tokens = torch.from_numpy(given.tokens)
+        details = self._wants_details(number)
+        self._announce_compilation(details)
         launched_s = time.monotonic()
-        pending = self._m.step(tokens, lr, ratios=self._wants_ratios(number), details=self._wants_details(number))
+        pending = self._m.step(tokens, lr, ratios=self._wants_ratios(number), details=details)
         trained = tokens.shape[0] * (tokens.shape[1] - 1)
         facts = StepFacts(number, batch.begin, batch.end, batch.positions, batch.shards, trained, lr, planned)
         self._in_flight.append(_InFlight(facts, pending, launched_s - begun_s, launched_s))
@@ -190,6 +193,12 @@ class Loop:
         self._at.liveness.beat(number)
         if self._phase in (Phase.COMPILE, Phase.WARM_UP):
             self._enter(Phase.TRAIN if self._steps_run >= WARM_UP_STEPS else Phase.WARM_UP)
+
+    def _announce_compilation(self, details: bool) -> None:
+        """The graph with details is another one, compiled when it is first wanted: that takes a longer deadline."""
+        if self._config.compile and details not in self._compiled:
+            self._compiled.add(details)
+            self._enter(Phase.COMPILE)
 
     def _wants_ratios(self, number: int) -> bool:
         return number % self._config.monitor.update_ratio_every == 0

@@ -6,7 +6,9 @@ its own values back (OPT's betas, composer#3154). What cannot work is found here
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 import torch
@@ -23,7 +25,7 @@ from trainer.errors import NoCandidateError, SetupError
 from trainer.evaluate import Hook, load_hook
 from trainer.faults.desk import FaultDesk
 from trainer.faults.injector import Injector
-from trainer.model import GPT, padded_vocab
+from trainer.model import GPT, Forward, padded_vocab
 from trainer.optim import build_optimizer
 from trainer.precision import Precision, resolve
 from trainer.reporter import Reporter
@@ -136,8 +138,15 @@ def build_step(config: RunConfig, vocab_size: int, device: torch.device, precisi
         clip_norm=config.optimizer.clip_norm,
         micro_sequences=config.batch.micro_sequences,
         scaler=precision.scaler(),
-        forward=torch.compile(model).__call__ if config.compile else None,
+        forward=_compiled(model) if config.compile else None,
     )
+
+
+def _compiled(model: GPT) -> Callable[..., Forward]:
+    """What is called instead of the model: a plain callable, since a compiled module has no truth value."""
+    module: Any = torch.compile(model)
+    call: Callable[..., Forward] = module.__call__
+    return call
 
 
 def read_vocab_size(config: RunConfig) -> int:
