@@ -45,7 +45,7 @@ from trainer.step import PendingResult, StepResult
 log = structlog.get_logger(__name__)
 
 WARM_UP_STEPS = 5  # the first steps allocate, autotune and fault pages in; they have a deadline of their own
-_PATIENCE_S = 1.0  # so long a save that is due waits for the one before it; then it is put off, and training goes on
+_PATIENCE_S = 5.0  # so long a save that is due waits for the one before it; then it is put off, and training goes on
 
 Reason = Literal["finished", "preempted", "left", "replay_done", "orphaned"]
 
