@@ -232,6 +232,13 @@ class SmallRun:
         with self.journal() as journal:
             return [dict(row) for row in getattr(journal, table)()]
 
+    def journaled(self) -> list[Event]:
+        """Events of the journal; none before there is one."""
+        if not self.paths.database.exists():
+            return []
+        with self.journal() as journal:
+            return list(journal.events())
+
     def seen(self) -> list[tuple[int, int]]:
         """(attempt, step) of every step record in the order in which the engine got them, over all supervisors."""
         with self.journal() as journal:
