@@ -171,6 +171,8 @@ class Journal:
         try:
             with _meaning(path):
                 connection.execute(f"PRAGMA busy_timeout = {_READ_WAIT_MS}")
+                if not _num_tables(connection):
+                    raise JournalMissingError(path)  # a supervisor is just about to create it
                 _check_identity(connection, path)
         except BaseException:
             connection.close()
@@ -352,7 +354,7 @@ class Journal:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    tables = _num_tables(connection)
     if tables:
         _check_identity(connection, path)
     connection.execute("PRAGMA journal_mode = WAL")
@@ -363,6 +365,10 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
             raise JournalCorruptError(path, str(verdict))
+
+
+def _num_tables(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
 
 
 def _check_identity(connection: sqlite3.Connection, path: Path) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from monitors.records import CommitRecord, StepRecord
 from monitors.taxonomy import IncidentClass
 from orchestrator.core import Core, Setup, Update
+from orchestrator.errors import JournalMissingError
 from orchestrator.journal import Journal
 from orchestrator.policy.decisions import (
     CaptureEvidence,
@@ -227,17 +228,19 @@ class SmallRun:
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """Rows of one of the journal's readers; none before there is a journal."""
-        if not self.paths.database.exists():
+        try:
+            with self.journal() as journal:
+                return [dict(row) for row in getattr(journal, table)()]
+        except JournalMissingError:
             return []
-        with self.journal() as journal:
-            return [dict(row) for row in getattr(journal, table)()]
 
     def journaled(self) -> list[Event]:
         """Events of the journal; none before there is one."""
-        if not self.paths.database.exists():
+        try:
+            with self.journal() as journal:
+                return list(journal.events())
+        except JournalMissingError:
             return []
-        with self.journal() as journal:
-            return list(journal.events())
 
     def seen(self) -> list[tuple[int, int]]:
         """(attempt, step) of every step record in the order in which the engine got them, over all supervisors."""

@@ -221,6 +221,17 @@ def test_a_journal_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> No
     assert not (tmp_path / "run.db").exists()
 
 
+def test_a_journal_that_is_being_created_is_not_there_yet(tmp_path: Path) -> None:
+    """A status command in that instant is not told of a foreign database; the next supervisor completes it."""
+    path = tmp_path / "run.db"
+    with closing(sqlite3.connect(path)) as begun:
+        begun.execute("PRAGMA journal_mode = WAL")
+    with pytest.raises(JournalMissingError):
+        Journal.read_only(path)
+    Journal.open(path).close()
+    Journal.read_only(path).close()
+
+
 def test_a_reader_can_change_nothing(tmp_path: Path) -> None:
     """A status command has no way to disturb the run."""
     Journal.open(tmp_path / "run.db").close()

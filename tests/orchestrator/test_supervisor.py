@@ -97,7 +97,7 @@ def test_descendants_of_a_dead_trainer_are_ended_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["hang", "sigstop"])
 def test_a_hang_is_dumped_killed_and_named(tmp_path: Path, fault: str) -> None:
-    """Suspected with evidence, confirmed and killed; one that is stopped writes no stacks and is killed all the same."""
+    """Suspected with evidence, confirmed and killed; one that is stopped writes no stacks but is killed too."""
     run = SmallRun(tmp_path, {"steps": 8, "faults": {"4": fault}}, {"train": 0.5, "grace_s": 1})
     assert run.supervise() == 0
     assert _causes(run) == ["hang", "finished"]
