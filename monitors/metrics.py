@@ -52,6 +52,8 @@ FAULTS = (
     "drop_optimizer_state", "bit_flip", "corrupt_checkpoint", "hang", "sigkill", "slow", "torn_write", "store_error",
     "oom", "loss_drift", "scale_qk",
 )  # fmt: skip
+#: Gauges that say when something happened; the alerts on their age must survive a restart of the supervisor.
+_LASTING = ("last_step_timestamp_seconds", "last_commit_timestamp_seconds", "last_good_timestamp_seconds")
 _GROUP = {"layer_group": LAYER_GROUPS}
 
 Labels = Mapping[str, tuple[str, ...]]
@@ -186,14 +188,18 @@ class Metrics:
         (metric.labels(*labels) if labels else metric).set(math.nan if value is None else value)
 
     def totals(self) -> dict[str, float]:
-        """All counters that are not 0, as `name{label}`."""
-        return {key: child._value.get() for key, child in self._counters() if child._value.get()}
+        """What must outlive the supervisor: counters that are not 0 as `name{label}`, and when things last happened."""
+        totals = {key: float(child._value.get()) for key, child in self._counters()}
+        totals |= {name: float(self._metrics[name]._value.get()) for name in _LASTING}
+        return {key: value for key, value in totals.items() if value and not math.isnan(value)}
 
     def restore(self, totals: Mapping[str, float], step: int) -> None:
         """Go on from saved totals, with the lineage at `step`; a counter that exists no more is left out."""
         self._highest_step = step
         for key, child in self._counters():
             child.inc(totals.get(key, 0.0))
+        for name in _LASTING:
+            self.set(name, totals.get(name))
 
     def _counters(self) -> list[tuple[str, Any]]:
         found = []

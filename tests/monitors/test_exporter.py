@@ -177,14 +177,17 @@ def test_counters_go_on_after_a_restart_and_unknown_totals_are_left_out() -> Non
     metrics = Metrics("run")
     metrics.count("incidents_total", "sudden_nan")
     metrics.count("checkpoint_bytes_total", by=1e9)
+    metrics.set("last_good_timestamp_seconds", 77.0)
     totals = metrics.totals()
-    assert set(totals) == {"incidents_total{sudden_nan}", "checkpoint_bytes_total{}"}
+    assert set(totals) == {"incidents_total{sudden_nan}", "checkpoint_bytes_total{}", "last_good_timestamp_seconds"}
     again = Metrics("run")
     again.restore(totals | {"gone_total{}": 5.0}, step=0)
     again.count("incidents_total", "sudden_nan")
     _, series = _scrape(again)
     assert _value(series, "incidents_total", **{"class": "sudden_nan"}) == 2
     assert _value(series, "checkpoint_bytes_total") == 1e9
+    assert _value(series, "last_good_timestamp_seconds") == 77.0
+    assert math.isnan(_value(series, "last_step_timestamp_seconds"))
 
 
 def test_the_state_is_one_of_its_values() -> None:
