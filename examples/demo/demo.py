@@ -70,7 +70,12 @@ def new_directory() -> Path:
 
 def longwatch(*arguments: str) -> int:
     """The command line, as a user would type it, on this process's own terminal."""
-    return subprocess.run([sys.executable, "-m", "orchestrator.cli", *arguments], check=False).returncode
+    with subprocess.Popen([sys.executable, "-m", "orchestrator.cli", *arguments]) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue  # Ctrl-C reaches it as well: it saves, and then it ends
 
 
 def facts(*arguments: str) -> dict[str, Any]:
