@@ -6,6 +6,7 @@ makes the diverged loss a new normal.
 """
 
 import math
+from dataclasses import replace
 from statistics import median
 from typing import Any, Self
 
@@ -87,7 +88,8 @@ class Diagnosis:
         state = self._state
         state.history = [row for row in state.history if row.step <= step]
         rerun = {number: known for number, known in state.recorded.items() if number > step} if expect_same else {}
-        state.recorded = {number: known for number, known in state.recorded.items() if number <= step}
+        if not expect_same:  # what an exact resume gives is compared with what was first recorded, however often
+            state.recorded = {number: known for number, known in state.recorded.items() if number <= step}
         self._spike.rewind(state.history)
         self._nonfinite.rewind(step)
         self._drift.rewind(step)
@@ -124,7 +126,8 @@ class Diagnosis:
         row = Row(step=record.step, loss=record.loss)
         found += self._loss(record, row, key + len(found))
         found += self._notices.rerun(record, key + len(found))
-        found += self._notices.update_ratios(record, key + len(found))
+        if self._state.spike.event is None:  # while the loss is out, other signals only say so again
+            found += self._notices.update_ratios(record, key + len(found))
         found += self._notices.throughput(record, key + len(found))
         self._remember(record, row)
         return found
@@ -154,9 +157,20 @@ class Diagnosis:
         if any(f.kind == "closed" for f in spikes) and any(f.cls is not IncidentClass.TRANSIENT_SPIKE for f in spikes):
             self._drift.forget()
         found += self._repeated(spikes, row, key + len(found))
-        if self._state.spike.event is None:
-            excused = self._overlay_moves(row.step) or self._recently_planned(row.step)
-            found += self._drift.observe(row, key + len(found), excused=excused)
+        found += self._climb(row, key + len(found))
+        return found
+
+    def _climb(self, row: Row, key: int) -> list[Finding]:
+        """A climb may look like a spike that has just begun: then both are one anomaly."""
+        event = self._state.spike.event
+        if event is not None and event.settled is not None:
+            return []
+        excused = self._overlay_moves(row.step) or self._recently_planned(row.step)
+        found = self._drift.observe(row, key, excused=excused)
+        if event is not None and found:
+            event.settled = IncidentClass.SLOW_DIVERGENCE
+            self._drift.join(event.key)
+            found = [replace(finding, key=event.key) for finding in found]
         return found
 
     def _repeated(self, spikes: list[Finding], row: Row, key: int) -> list[Finding]:
@@ -199,7 +213,10 @@ class Diagnosis:
     def _remember(self, record: StepRecord, row: Row) -> None:
         state = self._state
         if record.data is not None:
-            state.recorded[record.step] = Recorded(loss=record.loss, begin=record.data.begin, end=record.data.end)
+            fresh = Recorded(loss=record.loss, begin=record.data.begin, end=record.data.end)
+            known = state.recorded.get(record.step)
+            if known is None or (known.begin, known.end) != (fresh.begin, fresh.end):
+                state.recorded[record.step] = fresh
             if len(state.recorded) > 2 * _HISTORY_ROWS:
                 state.recorded = dict(list(state.recorded.items())[-_HISTORY_ROWS:])
         if self._spike.state.event is not None or self._drift.is_low():

@@ -11,6 +11,7 @@ from monitors.window import Band, Row
 
 _BLOCKS = 64
 _CLIMBING = 3
+_BEND_TO_STEP = 1.73  # sqrt(6 / 2): scatter of second differences over that of first ones
 _LOW_STEPS = 200
 _LOW_ROWS = 20
 
@@ -57,9 +58,13 @@ class DriftDetector:
             return []
         return self._falling_again(row) if state.key is not None else self._climbing(row, next_key)
 
+    def join(self, key: int) -> None:
+        """The climb and a spike in progress are one anomaly."""
+        self.state.key = key
+
     def forget(self) -> None:
         """A spike or a shift explains what came before."""
-        self.state.rows, self.state.blocks = [], []
+        self.state.rows, self.state.blocks, self.state.key = [], [], None
 
     def rewind(self, step: int) -> None:
         """A new attempt."""
@@ -100,10 +105,10 @@ class DriftDetector:
         return [Finding("closed", key, IncidentClass.SLOW_DIVERGENCE, state.onset_step, row.step, why, row.step)]
 
     def _noise(self) -> float:
-        """How far neighbouring block medians differ by chance."""
-        blocks = self.state.blocks
-        jumps = [abs(b.loss - a.loss) for a, b in itertools.pairwise(blocks)]
-        return median(jumps) if jumps else 0.0
+        """How far block medians scatter by chance: from second differences, which a steady fall leaves alone."""
+        losses = [block.loss for block in self.state.blocks]
+        bends = [abs(a - 2 * b + c) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+        return median(bends) / _BEND_TO_STEP if bends else 0.0
 
     # -- too good to be true --------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from monitors.taxonomy import Finding, IncidentClass
 
 _BAND_VALUES = 64
 _MIN_VALUES = 12
+_ALIVE_FACTOR = 2.0  # half of the units that were alive
 _THROUGHPUT_REFERENCE = 100
 _THROUGHPUT_RECENT = 20
 _MAD_TO_SIGMA = 1.4826
@@ -157,6 +158,11 @@ class NoticeDetector:
                 side = "above" if up else "below"
                 why = f"activations of group {group} have an RMS of {stats.rms:.3g}, far {side} their band"
                 onset = self.state.series[name].streak_from
+                found += _once(next_key + len(found), cls, onset, record.step, why, rms=stats.rms, dead=stats.dead)
+            elif self._outside(f"alive/{group}", 1.0 - stats.dead, _ALIVE_FACTOR, record.step, streak=2) < 0:
+                onset = self.state.series[f"alive/{group}"].streak_from
+                why = f"{stats.dead:.0%} of the units of group {group} are dead, far more than before"
+                cls = IncidentClass.ACTIVATION_VANISHING
                 found += _once(next_key + len(found), cls, onset, record.step, why, rms=stats.rms, dead=stats.dead)
         return found
 

@@ -108,6 +108,8 @@ def _validated(ctx: Context, incident: Incident) -> bool:
 def _rung(ctx: Context, incident: Incident, rule: Rule) -> tuple[int, Actions]:
     """One rung further than the incident of the same family that this one is a relapse of."""
     rungs = rule.rungs()
+    if len(rungs) == 1 and _family(incident) not in ("loss", "non_finite"):
+        return 0, rungs[0]  # a notice again is no relapse
     place = ctx.state.ladders.get(_family(incident))
     rung = 0
     if place is not None and incident.onset_step <= place.relapse_until_step and place.incident != incident.id:
@@ -259,7 +261,8 @@ def _lower(ctx: Context, incident: Incident, lower: LowerLr, from_step: int) -> 
 def _diagnose(ctx: Context, incident: Incident) -> None:
     state = ctx.state
     candidates = training_candidates(state.commits, incident.onset_step, 0)
-    suspect = (ctx.position_at(incident.onset_step - 1), ctx.position_at(incident.onset_step))
+    last = max(incident.onset_step, incident.detected_step)
+    suspect = (ctx.position_at(incident.onset_step - 1), ctx.position_at(last))
     if not candidates or suspect[0] >= suspect[1]:
         incident.verdict = "inconclusive"
         respond(ctx, incident)

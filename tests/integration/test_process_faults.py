@@ -21,7 +21,7 @@ def _final_tensors(run: Run) -> dict[str, str]:
     import json
 
     manifests = sorted(run.store.glob("commits/*.json"))
-    manifest = json.loads(manifests[-1].read_text())
+    manifest = json.loads(manifests[-1].read_text())["manifest"]
     return {str(index): entry["crc32c"] for index, entry in enumerate(manifest["objects"])}
 
 

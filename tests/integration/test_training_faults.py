@@ -89,8 +89,8 @@ def test_sustained_high_lr_relapses_and_halts(tmp_path: Path, corpus: Path) -> N
 
 
 def test_persistent_damage_is_not_cured_by_restarting(tmp_path: Path, corpus: Path) -> None:
-    """Query-key weights x16: a policy that only restarts keeps the damage, the rollback ends below it."""
-    fault = {"kind": "scale_qk", "steps": [80, 80], "factor": 16.0}
+    """Weights thrown far away once: a policy that only writes it down keeps the damage, the rollback ends below it."""
+    fault = {"kind": "lr_bomb", "steps": [80, 83], "factor": 300.0}
     wrong = _policy({"on": "unrecovered_spike", "do": ["record"]})
     left = Run(tmp_path / "left", tiny_config(corpus, steps=120, faults=[fault]), wrong)
     right = Run(tmp_path / "right", tiny_config(corpus, steps=120, faults=[fault]), _policy())

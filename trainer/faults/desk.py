@@ -74,6 +74,8 @@ class FaultDesk:
     def before_step(self, step: int, begin: int, end: int, given: StepInput) -> StepInput:
         """Update number `step` is about to happen on raw positions [begin, end)."""
         self._clear()
+        if given.positions.size:  # what is read, not what is passed over: a skipped range touches nobody
+            begin, end = int(given.positions.min()), int(given.positions.max()) + 1
         occasion = Occasion(self._attempt, step, begin, end, frozenset(int(s) for s in np.unique(given.shards)))
         for fired in self._due(occasion, _AT_STEP):
             self._say(fired, step)
