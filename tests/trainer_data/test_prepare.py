@@ -78,7 +78,7 @@ def test_every_kind_of_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (deep / ".hidden.py").write_text("left out")
     rows = [{"text": "one"}, {"text": ""}, {"text": "two", "more": 1}]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    (tmp_path / "old.txt.gz").write_bytes(gzip.compress(b"zipped"))
+    (tmp_path / "old.txt.gz").write_bytes(gzip.compress(b"zipped", mtime=0))
     (tmp_path / "p1.txt").write_text("first")
     (tmp_path / "p2.txt").write_text("second")
     given = ["rows.jsonl", "old.txt.gz", "p*.txt", "dir", "p1.txt"]
