@@ -10,7 +10,7 @@ data = typer.Typer(no_args_is_help=True, help="Prepare training data.")
 
 @data.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    epilog="Example: longwatch data prepare corpus/ --out data/train",
+    epilog="Example: longwatch data prepare corpus/ --out data/train --validation-fraction 0.01",
 )
 def prepare(context: typer.Context) -> None:
     """Turn text or jsonl into token shards with a manifest. `longwatch data prepare --help` has its options."""

@@ -38,8 +38,10 @@ def init(directory: Annotated[Path, typer.Argument(help="Where to write; made if
     except OSError as error:
         remark(f"{error.filename}: cannot be written ({error.strerror}); choose another directory")
         raise typer.Exit(2) from error
-    say(f"wrote {directory / 'run.yaml'} and {directory / 'policy.yaml'}")
-    say("next: longwatch data prepare SOURCE... --out data/train, longwatch check run.yaml, longwatch launch run.yaml")
+    say(f"wrote {directory / 'run.yaml'} and {directory / 'policy.yaml'}; next:")
+    say("  longwatch data prepare SOURCE... --out data/train --validation-fraction 0.01")
+    say("  longwatch check run.yaml")
+    say("  longwatch launch run.yaml")
 
 
 def schema(what: Annotated[Literal["run", "policy"], typer.Argument(help="Which file.")]) -> None:

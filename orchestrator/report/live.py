@@ -59,7 +59,7 @@ class PlainDisplay:
         self._steps = steps
         self._next_step_s = clock()
         self._tokens_per_s: float | None = None
-        self._incidents: dict[int, str] = {}
+        self._incidents: dict[int, str] | None = None
 
     def say(self, text: str) -> None:
         """Write a line."""
@@ -81,8 +81,10 @@ class PlainDisplay:
             self._line(step_line(record, self._tokens_per_s))
 
     def refresh(self, status: RunStatus, incidents: Sequence[Incident]) -> None:
-        """Write the incidents that have changed."""
+        """Write the incidents that have changed; what was closed before this launch was written by an earlier one."""
         self._tokens_per_s = status.tokens_per_s
+        if self._incidents is None:
+            self._incidents = {one.id: incident_line(one) for one in incidents if not one.is_open}
         for incident in incidents:
             text = incident_line(incident)
             if self._incidents.get(incident.id) != text:

@@ -148,6 +148,15 @@ def test_incidents_are_shown_once_and_again_when_they_change() -> None:
     assert rows == [incident_line(_incident()), incident_line(_incident(outcome="worked", state="closed"))]
 
 
+def test_incidents_of_earlier_launches_are_not_told_again() -> None:
+    """What was closed before is left out; what is still open when the run goes on is shown."""
+    display, output, _ = _plain()
+
+    display.refresh(_status(), [_incident(id=1, state="closed"), _incident(id=2)])
+
+    assert output.getvalue().splitlines() == [incident_line(_incident(id=2))]
+
+
 def test_terminal_gets_the_live_display_and_a_file_plain_lines() -> None:
     """Colours and cursor movement only where somebody can see them."""
     assert isinstance(display_for(Console(file=io.StringIO())), PlainDisplay)
