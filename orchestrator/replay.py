@@ -31,7 +31,8 @@ def replay_trace(path: Path, policy: Policy) -> tuple[list[Incident], int]:
     engine.fold(AttemptSpawned(at_s=0.0, attempt=1, pid=1))
     for record in records:
         engine.fold(RecordReceived(at_s=float(record.step), record=record))
-    return [i for i in engine.incidents() if i.state not in ("suspected", "dismissed")], last
+    first = min((record.step for record in records), default=1)
+    return [i for i in engine.incidents() if i.state not in ("suspected", "dismissed")], last - first + 1
 
 
 def as_json(incidents: list[Incident], steps: int) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class Engine:
     def _same_expected(self) -> bool:
         """An exact resume: nothing was skipped, cut or reseeded for the incident that this attempt answers."""
         incident = next((i for i in reversed(self.state.incidents) if i.state == "recovering"), None)
-        return incident is None or incident.target_step is None
+        return incident is None or incident.cls in _EXACT_RESUMES
 
     def _overlay_spans(self) -> tuple[tuple[int, int], ...]:
         spans = []
@@ -276,6 +276,11 @@ class Engine:
         return engine
 
 
+#: What is answered by an exact resume, so that the same data must give the same losses again. After an `lr_mismatch`
+#: it must not: the recorded losses were those of another learning rate.
+_EXACT_RESUMES = frozenset(
+    {IncidentClass.CRASH, IncidentClass.HANG, IncidentClass.PREEMPTION, IncidentClass.LOSS_DISCONTINUITY}
+)
 _PUBLIC_STATE: dict[str, Literal["starting", "running", "recovering", "stopped", "halted", "finished", "failed"]] = {
     "new": "starting",
     "starting": "starting",
