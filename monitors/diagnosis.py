@@ -211,16 +211,17 @@ class Diagnosis:
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def _remember(self, record: StepRecord, row: Row) -> None:
+        """Healthy steps alone make baselines and are what a re-run is held against."""
         state = self._state
-        if record.data is not None:
+        if self._spike.state.event is not None or self._drift.is_low():
+            return
+        if record.data is not None and self._state.notices.lr_key is None:
             fresh = Recorded(loss=record.loss, begin=record.data.begin, end=record.data.end)
             known = state.recorded.get(record.step)
             if known is None or (known.begin, known.end) != (fresh.begin, fresh.end):
                 state.recorded[record.step] = fresh
             if len(state.recorded) > 2 * _HISTORY_ROWS:
                 state.recorded = dict(list(state.recorded.items())[-_HISTORY_ROWS:])
-        if self._spike.state.event is not None or self._drift.is_low():
-            return
         state.history.append(row)
         if len(state.history) > 2 * _HISTORY_ROWS:
             del state.history[:-_HISTORY_ROWS]

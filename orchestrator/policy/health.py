@@ -35,6 +35,8 @@ def on_step(ctx: Context, record: StepRecord) -> None:
         del state.history[:-_HISTORY_ROWS]
     if record.skipped:
         state.unhealthy_until_step = record.step
+    if state.pending is not None:
+        return  # the last steps of an attempt that is to leave prove nothing
     _promote(ctx)
     _judge_recoveries(ctx)
 
