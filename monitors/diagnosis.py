@@ -150,9 +150,14 @@ class Diagnosis:
             key += 1
         if event is None:
             found += self._drift.observe_low(row, band if trusted else None, key + len(found))
+            if any(finding.kind == "dismissed" for finding in found):  # the new level is real: expect it from now on
+                self._state.history.clear()
+                self._spike.rewind([])
+                self._drift.forget()
         if self._drift.is_low():
             return found
-        spikes = self._spike.observe(row, key + len(found), self._recently_planned(row.step))
+        planned, climbing = self._recently_planned(row.step), self._drift.state.key is not None
+        spikes = self._spike.observe(row, key + len(found), planned_change=planned, climbing=climbing)
         found += spikes
         if any(f.kind == "closed" for f in spikes) and any(f.cls is not IncidentClass.TRANSIENT_SPIKE for f in spikes):
             self._drift.forget()

@@ -76,7 +76,7 @@ def _step(path: Path, line: int, text: str | None) -> int:
         value = float(text or "")
     except ValueError:
         raise TraceError(path, line, "step", f"{text!r} is not a step number") from None
-    if value != int(value) or value < 0:
+    if not value.is_integer() or value < 0:
         raise TraceError(path, line, "step", f"{text!r} is not a step number")
     return int(value)
 

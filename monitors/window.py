@@ -5,7 +5,7 @@ from statistics import median
 
 from pydantic import BaseModel, ConfigDict
 
-_MAD_TO_SIGMA = 1.4826  # of a normal distribution
+MAD_TO_SIGMA = 1.4826  # of a normal distribution
 _FOLLOW = 0.5  # share of the window's length over which its slope is believed
 _BEND = 0.3  # share of the fall that may fail to come because the curve bends
 
@@ -41,12 +41,13 @@ class Band(BaseModel):
         return (loss - self.trend(step)) / (self.scale + _BEND * abs(self.slope) * followed)
 
 
-def fit(rows: Sequence[Row], scale_floor: float) -> Band:
+def fit(rows: Sequence[Row], scale_floor: float, *, rising: bool = False) -> Band:
     """Fit a band: the line through the medians of both halves; a rise is not extrapolated, it would hide itself.
 
     Args:
         rows: at least 2, in order of step.
         scale_floor: smallest scale, as a share of the level (bf16-rounded losses have no spread of their own).
+        rising: a rise is known of already, so that it may be followed.
     """
     half = len(rows) // 2
     early, late = rows[:half], rows[half:]
@@ -55,8 +56,8 @@ def fit(rows: Sequence[Row], scale_floor: float) -> Band:
     span = max(late_step - early_step, 1)
     raw_slope = (late_loss - early_loss) / span
     residuals = [abs(row.loss - (late_loss + raw_slope * (row.step - late_step))) for row in rows]
-    scale = max(_MAD_TO_SIGMA * median(residuals), scale_floor * abs(late_loss), 1e-6)
+    scale = max(MAD_TO_SIGMA * median(residuals), scale_floor * abs(late_loss), 1e-6)
     return Band(
-        anchor_step=late_step, level=late_loss, slope=min(raw_slope, 0.0), scale=scale,
+        anchor_step=late_step, level=late_loss, slope=raw_slope if rising else min(raw_slope, 0.0), scale=scale,
         reach=float(rows[-1].step - rows[0].step + 1),
     )  # fmt: skip

@@ -78,7 +78,7 @@ class DriftDetector:
         state, settings = self.state, self._settings
         if len(state.blocks) < 2 * _CLIMBING + 2:
             return []
-        lowest = min(state.blocks[:-1], key=lambda block: block.loss)
+        lowest = min(_smoothed(state.blocks[:-1]), key=lambda block: block.loss)
         since = [block for block in state.blocks if block.step >= lowest.step]
         last = [block.loss for block in state.blocks[-_CLIMBING:]]
         rise = min(last) - lowest.loss
@@ -153,3 +153,9 @@ class DriftDetector:
             f" and validation, {evaluated[1]:.3f}, does not follow" if evaluated else "; no evaluation says otherwise"
         )
         return [Finding("classified", state.low_key, cls, state.low_step, row.step, why)]
+
+
+def _smoothed(blocks: list[Block]) -> list[Block]:
+    """Medians of three neighbours, so that one lucky block is no level from which the loss could have risen."""
+    triples = zip(blocks, blocks[1:], blocks[2:], strict=False)
+    return [Block(step=b.step, loss=median((a.loss, b.loss, c.loss))) for a, b, c in triples]

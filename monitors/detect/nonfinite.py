@@ -2,13 +2,14 @@
 
 import math
 from statistics import median
+from typing import NamedTuple
 
 from pydantic import BaseModel, Field
 
 from monitors.records import StepRecord
 from monitors.settings import DetectSettings
 from monitors.taxonomy import Evidence, Finding, IncidentClass
-from monitors.window import Row
+from monitors.window import MAD_TO_SIGMA, Row
 
 _SHARE_STEPS = 1000
 _HEALTHY_STEPS = 10
@@ -102,8 +103,8 @@ class NonFiniteDetector:
         if state.dead_group:
             return IncidentClass.PLATEAU_THEN_NAN, f"units of group {state.dead_group} were dead or saturated before"
         gain = improvement(healthy)
-        if gain is not None and gain < settings.plateau_share:
-            return IncidentClass.PLATEAU_THEN_NAN, f"the last quarter had improved by {gain:.2%} only"
+        if gain is not None and gain.share < max(settings.plateau_share, min(gain.noise, settings.plateau_noisy_share)):
+            return IncidentClass.PLATEAU_THEN_NAN, f"the last quarter had improved by {gain.share:.2%} only"
         return IncidentClass.SUDDEN_NAN, "out of a healthy run"
 
 
@@ -113,15 +114,28 @@ def is_finite(record: StepRecord) -> bool:
     return math.isfinite(record.loss) and (norm is None or math.isfinite(norm)) and not record.skipped
 
 
-def improvement(rows: list[Row]) -> float | None:
-    """Share by which the last quarter of the steps is below the quarter before; None if there is too little to tell."""
+class Improvement(NamedTuple):
+    """By how much the last quarter of the steps is below the quarter before, as shares of the loss."""
+
+    share: float
+    noise: float
+
+
+def improvement(rows: list[Row]) -> Improvement | None:
+    """Compare the last two quarters; None if there is too little to tell.
+
+    The noise is the standard error of a difference of medians: 1.25 sigma sqrt(1/n + 1/m) for normal scatter.
+    """
     if len(rows) < 16:
         return None
     first, last = rows[0].step, rows[-1].step
     half, quarter = first + (last - first) / 2, first + 3 * (last - first) / 4
     before = [row.loss for row in rows if half < row.step <= quarter]
     after = [row.loss for row in rows if row.step > quarter]
-    if len(before) < 4 or len(after) < 4:
+    level = median(before) if before else 0.0
+    if len(before) < 4 or len(after) < 4 or not level:
         return None
-    level = median(before)
-    return (level - median(after)) / abs(level) if level else None
+    now = median(after)
+    sigma = MAD_TO_SIGMA * median([*(abs(loss - level) for loss in before), *(abs(loss - now) for loss in after)])
+    noise = 1.25 * sigma * math.sqrt(1 / len(before) + 1 / len(after))
+    return Improvement(share=(level - now) / abs(level), noise=noise / abs(level))

@@ -11,13 +11,13 @@ from pydantic import BaseModel, Field
 from monitors.records import ActivationRecord, EvalRecord, StepRecord
 from monitors.settings import DetectSettings
 from monitors.taxonomy import Finding, IncidentClass
+from monitors.window import MAD_TO_SIGMA
 
 _BAND_VALUES = 64
 _MIN_VALUES = 12
 _ALIVE_FACTOR = 2.0  # half of the units that were alive
 _THROUGHPUT_REFERENCE = 100
 _THROUGHPUT_RECENT = 20
-_MAD_TO_SIGMA = 1.4826
 
 
 class Series(BaseModel):
@@ -197,7 +197,7 @@ class NoticeDetector:
             series.values.append(log)
             return 0
         middle = median(series.values)
-        spread = _MAD_TO_SIGMA * median(abs(known - middle) for known in series.values)
+        spread = MAD_TO_SIGMA * median(abs(known - middle) for known in series.values)
         off = log - middle
         if abs(off) <= max(math.log(factor), self._settings.spike_sigma * spread):
             series.values = [*series.values[-_BAND_VALUES:], log]

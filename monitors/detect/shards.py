@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from monitors.records import StepRecord
 from monitors.settings import DetectSettings
 from monitors.taxonomy import Evidence
-from monitors.window import Band
+from monitors.window import MAD_TO_SIGMA, Band
 
 _MEMORY = 0.9  # of a shard's own offset: about ten reads
 
@@ -111,4 +111,4 @@ class ShardDetector:
         if len(offsets) < 4:
             return band.scale
         middle = median(offsets)
-        return max(band.scale, 1.4826 * median(abs(offset - middle) for offset in offsets))
+        return max(band.scale, MAD_TO_SIGMA * median(abs(offset - middle) for offset in offsets))

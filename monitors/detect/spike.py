@@ -51,19 +51,19 @@ class SpikeDetector:
         self._settings = settings
         self.state = state or SpikeState()
 
-    def band(self) -> Band | None:
-        """What is expected now, None before enough was seen."""
+    def band(self, *, climbing: bool = False) -> Band | None:
+        """What is expected now, None before enough was seen; in a climb that is known of, the climb."""
         state = self.state
         if state.event is not None:
             return state.event.band
-        return fit(state.window, self._settings.scale_floor) if len(state.window) >= 4 else None
+        return fit(state.window, self._settings.scale_floor, rising=climbing) if len(state.window) >= 4 else None
 
-    def observe(self, row: Row, next_key: int, planned_change: bool) -> list[Finding]:
+    def observe(self, row: Row, next_key: int, *, planned_change: bool, climbing: bool) -> list[Finding]:
         """Take one finite loss in; `next_key` names a new event if there is one."""
         self.state.row_number += 1
         if self.state.event is not None:
             return self._during(self.state.event, row)
-        band = self.band()
+        band = self.band(climbing=climbing)
         if band is None or not self._leaves(band, row):
             self._accept(row, band)
             return []
