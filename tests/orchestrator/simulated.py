@@ -52,6 +52,8 @@ class World:
     )
     loss: Loss = healthy
     dies_at: dict[tuple[int, int], str] = field(default_factory=dict, metadata={"what": "(attempt, step) -> cause"})
+    lr_error: Callable[["World", int], float] = lambda world, step: 1.0
+    lag_steps: int = 0  # a trainer that is told to leave is in the middle of some more steps
     validation: Callable[["World", int], float] = lambda world, step: 2.0 + 3.0 / (1 + step / 40)
 
     def __post_init__(self) -> None:
@@ -166,7 +168,7 @@ class World:
         self.lrs[self.step] = lr
         record = StepRecord(
             seq=self.seq + 1, attempt=plan.attempt, at_s=self.at_s, step=self.step, loss=loss, grad_norm=0.5,
-            clipped=False, lr=lr, tokens=BATCH * 32, step_time_s=StepTime(data=0.0, compute=1.0, other=0.0),
+            clipped=False, lr=lr * self.lr_error(self, self.step), lr_planned=lr, tokens=BATCH * 32, step_time_s=StepTime(data=0.0, compute=1.0, other=0.0),
             data=DataRange(begin=begin, end=position), skipped=loss != loss, replay=plan.replay is not None,
         )  # fmt: skip
         self.seq += 1
@@ -208,6 +210,8 @@ class World:
                 self.exit(cause)
                 return
         if self.stopping is not None:
+            for _ in range(self.lag_steps):
+                self.take_step()
             if self.stopping.how == "save":
                 self.commit()
             self.exit("preempted" if self.stopping.how == "save" else "left")

@@ -333,3 +333,19 @@ def test_config_change_between_launches_is_noted() -> None:
 
     assert any("changed" in notice.title for notice in world.notices)
     assert in_force(None).rules
+
+
+def test_steps_after_the_decision_to_leave_prove_nothing() -> None:
+    """A trainer that is told to leave does a few steps more; they belong to a dead branch and judge no recovery."""
+
+    def wrong_in_attempt_one(world: World, step: int) -> float:
+        return 3.0 if world.plan is not None and world.plan.attempt == 1 and 95 <= step < 97 else 1.0
+
+    world = World(lr_error=wrong_in_attempt_one, lag_steps=4)
+
+    end = world.run()
+
+    incident = world.incident("lr_mismatch")
+    assert end.state == "finished"
+    assert (incident.outcome, incident.cost.steps) == ("worked", 99 - 90)
+    assert len(world.plans) == 2
