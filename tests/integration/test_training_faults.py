@@ -278,14 +278,15 @@ def test_overfitting_is_a_validation_divergence(tmp_path: Path, corpus: Path) ->
 
 
 def test_saturated_layer_is_seen_in_the_activations(tmp_path: Path, corpus: Path) -> None:
-    """Weights blown up in one layer: an activation explosion is reported."""
+    """Weights blown up in one layer: an activation explosion, and updates that hardly move such weights."""
     faults = [{"kind": "saturate_layer", "steps": [80, 80], "factor": 100.0}]
     run = Run(tmp_path, tiny_config(corpus, steps=120, faults=faults, monitor={"details_every": 2}), _policy())
 
     process = run.start()
     process.communicate()
 
-    assert "activation_explosion" in _classes(run)
+    assert {"activation_explosion", "update_ratio_low"} <= set(_classes(run))
+    assert all(i["decision"] == ["record", "notify"] for i in run.incidents() if i["class"] == "update_ratio_low")
 
 
 def test_zeroed_layer_is_seen_in_the_activations(tmp_path: Path, corpus: Path) -> None:
@@ -297,3 +298,31 @@ def test_zeroed_layer_is_seen_in_the_activations(tmp_path: Path, corpus: Path) -
     process.communicate()
 
     assert "activation_vanishing" in _classes(run)
+
+
+def test_shrunken_weights_are_a_high_update_ratio(tmp_path: Path, corpus: Path) -> None:
+    """A layer at a twentieth of its size: updates of the usual size are large for it."""
+    faults = [{"kind": "saturate_layer", "steps": [80, 80], "factor": 0.05}]
+    detect = {"recover_steps": 10, "recover_steps_max": 20, "ratio_factor": 1.5}
+    run = Run(tmp_path, tiny_config(corpus, steps=110, faults=faults), _policy(detect=detect))
+
+    process = run.start()
+    process.communicate()
+
+    incident = next(incident for incident in run.incidents() if incident["class"] == "update_ratio_high")
+    assert 80 <= incident["onset_step"] <= 85
+    assert incident["decision"] == ["record", "notify"]
+
+
+def test_more_and_more_spikes_tied_to_no_shard_are_noticed(tmp_path: Path, corpus: Path) -> None:
+    """Garbage in whole batches, three times: notified, never rolled back on the count."""
+    faults = [{"kind": "bad_shard", "steps": [step, step + 1], "once": False} for step in (60, 75, 90)]
+    detect = {"recover_steps": 10, "recover_steps_max": 20, "repeated_window_steps": 60}
+    run = Run(tmp_path, tiny_config(corpus, steps=110, faults=faults), _policy(detect=detect))
+
+    run.launch()
+
+    assert _classes(run).count("transient_spike") == 3
+    incident = run.incident("repeated_spikes_by_state")
+    assert incident["decision"] == ["record", "notify"]
+    assert len(run.attempts()) == 1
