@@ -1,8 +1,8 @@
 """The GPT: pre-norm blocks, SDPA causal attention, rotary positions, tied embeddings.
 
-Rotary positions, not learned ones: they cost no parameters, a byte-level model of a few layers learns markedly faster
-with them, and they leave the embedding table to tokens alone. Statistics are computed inside the graph when the
-caller asks for them (no hooks), so that `torch.compile` sees two plain variants. Losses are nats a token.
+Rotary positions, not learned ones: they cost no parameters and leave the embedding table to tokens alone. Statistics
+are computed inside the graph when the caller asks for them (no hooks), so that `torch.compile` sees two plain variants.
+Losses are nats a token.
 """
 
 import math

@@ -111,6 +111,8 @@ class Engine:
             code = 3 if state.phase == "halted" else 4
             because = "halted: look at `longwatch incidents`, then `longwatch resume RUN --because TEXT`"
             ctx.decide(EndRun(state=state.phase, exit_code=code, because=because))
+        elif state.phase == "finished" and self.facts.total_steps > state.step:
+            self._restart(ctx, f"{self.facts.total_steps} steps are planned now, {state.step} are done")
         elif state.phase == "finished":
             ctx.decide(EndRun(state="finished", exit_code=0, because="the run is finished already"))
 

@@ -168,8 +168,9 @@ class World:
         self.lrs[self.step] = lr
         record = StepRecord(
             seq=self.seq + 1, attempt=plan.attempt, at_s=self.at_s, step=self.step, loss=loss, grad_norm=0.5,
-            clipped=False, lr=lr * self.lr_error(self, self.step), lr_planned=lr, tokens=BATCH * 32, step_time_s=StepTime(data=0.0, compute=1.0, other=0.0),
-            data=DataRange(begin=begin, end=position), skipped=loss != loss, replay=plan.replay is not None,
+            clipped=False, lr=lr * self.lr_error(self, self.step), lr_planned=lr, tokens=BATCH * 32,
+            step_time_s=StepTime(data=0.0, compute=1.0, other=0.0), data=DataRange(begin=begin, end=position),
+            skipped=loss != loss, replay=plan.replay is not None,
         )  # fmt: skip
         self.seq += 1
         self.feed(RecordReceived(at_s=self.at_s, record=record))

@@ -349,3 +349,20 @@ def test_steps_after_the_decision_to_leave_prove_nothing() -> None:
     assert end.state == "finished"
     assert (incident.outcome, incident.cost.steps) == ("worked", 99 - 90)
     assert len(world.plans) == 2
+
+
+def test_a_finished_run_goes_on_when_more_steps_are_planned() -> None:
+    """From its last checkpoint; with no more steps planned there is nothing to do."""
+    world = World()
+    world.run()
+    snapshot = world.engine.snapshot()
+    for total, plans in ((600, 1), (640, 2)):
+        world.engine = Engine.restore(
+            world.engine.policy, world.facts.model_copy(update={"total_steps": total}), snapshot
+        )
+        world.facts, world.ended = world.engine.facts, None
+        world.open()
+        end = world.ended or world.run()
+        assert (end.state, len(world.plans)) == ("finished", plans)
+    assert world.plans[1].candidates[0].startswith("000000000600")
+    assert world.step == 640
