@@ -71,9 +71,16 @@ def read_manifest(store: Store, commit: str) -> Sealed:
 def verify(store: Store, commit: str) -> Verification:
     """Read a commit whole: manifest digest, size and CRC32C of every object. All problems, not only the first.
 
+    What a first reading finds wrong is read again: a bad transfer is no damage.
+
     Raises:
         StoreError: the store cannot be asked; that says nothing about the commit.
     """
+    first = _verify(store, commit)
+    return first if first.ok else _verify(store, commit)
+
+
+def _verify(store: Store, commit: str) -> Verification:
     try:
         manifest: Manifest = read_manifest(store, commit).manifest
     except ObjectMissing:

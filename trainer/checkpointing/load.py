@@ -46,12 +46,19 @@ class Loaded:
 
 
 def load_checkpoint(store: Store, commit: str) -> Loaded:
-    """Load and verify one commit.
+    """Load and verify one commit. What a first reading finds wrong is read again: a bad transfer is no damage.
 
     Raises:
-        CheckpointError: it is not intact or not consistent.
+        CheckpointError: it is not intact or not consistent, twice.
         StoreError: the store cannot be asked; says nothing about the commit.
     """
+    try:
+        return _load(store, commit)
+    except CheckpointError:
+        return _load(store, commit)
+
+
+def _load(store: Store, commit: str) -> Loaded:
     try:
         sealed = unseal(store.read(manifest_key(commit)))
         if sealed.manifest.commit != commit:
