@@ -90,6 +90,9 @@ class Diagnosis:
         rerun = {number: known for number, known in state.recorded.items() if number > step} if expect_same else {}
         if not expect_same:  # what an exact resume gives is compared with what was first recorded, however often
             state.recorded = {number: known for number, known in state.recorded.items() if number <= step}
+        for detector in (state.spike, state.drift):  # an evaluation of a branch that was left says nothing of this one
+            if detector.last_eval is not None and detector.last_eval[0] > step:
+                detector.last_eval = None
         self._spike.rewind(state.history)
         self._nonfinite.rewind(step)
         self._drift.rewind(step)

@@ -31,10 +31,15 @@ def read_trace(path: Path) -> list[StepRecord | EvalRecord]:
         OSError: the file cannot be read.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(_records(path, csv.DictReader(file)))
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark first
+            records = list(_records(path, csv.DictReader(file)))
     except UnicodeDecodeError as error:
         raise TraceError(path, 1, "", "not a text file") from error
+    except csv.Error as error:
+        raise TraceError(path, 1, "", f"not CSV ({error})") from error
+    if not any(isinstance(record, StepRecord) for record in records):
+        raise TraceError(path, 1, "loss", "no loss is recorded in any row")
+    return records
 
 
 def _records(path: Path, rows: "csv.DictReader[str]") -> Iterable[StepRecord | EvalRecord]:

@@ -149,7 +149,11 @@ def resolve_again(paths: RunPaths) -> ResolvedRun:
     """
     try:
         origin = json.loads((paths.root / SOURCE_FILE).read_text())
-        return resolve(Path(origin["source"]), tuple(origin["sets"]))
+        run = resolve(Path(origin["source"]), tuple(origin["sets"]))
+        if run.paths.root.resolve() != paths.root.resolve():
+            message = f"{run.source} runs in {run.paths.root} now; {paths.root} was set aside or moved"
+            raise ConfigError([Problem(Place(str(paths.root)), "", message)])
+        return run
     except (OSError, ValueError, KeyError, TypeError) as error:
         place = Place(str(paths.root / SOURCE_FILE))
         message = f"does not say where run.yaml is ({type(error).__name__}); name that file instead of the run"
@@ -173,15 +177,19 @@ def check_changes(run: ResolvedRun) -> list[str]:
     """Compare with the configuration that the run directory holds.
 
     Returns:
-        The keys that have changed and may, dotted; empty for a new run.
+        The keys that have changed and may, dotted.
 
     Raises:
         ConfigError: a key has changed that may not.
     """
     try:
         old = json.loads(run.paths.run_yaml.read_bytes())
-    except FileNotFoundError:
-        return []
+    except (OSError, ValueError) as error:
+        what = (
+            f"cannot be read ({type(error).__name__}), so it is not known what has changed since the last launch; "
+            "bring it back, or start from scratch with --fresh"
+        )
+        raise ConfigError([Problem(Place(str(run.paths.run_yaml)), "", what)]) from error
     changed = list(changed_keys(old, json.loads(run.config_json)))
     problems = [run.document.problem(path, _frozen_message(path, old, why)) for path, why in _frozen(changed)]
     if problems:

@@ -188,7 +188,11 @@ class _Reader:
             case "bool":
                 return text.lower() == "true"
             case "int":
-                return _integer(text)
+                try:
+                    return _integer(text)
+                except ValueError:
+                    self._note(node, path, "a number of so many digits cannot be read")
+                    return None
             case "float":
                 number = float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan").lower())
                 if not math.isfinite(number):
@@ -211,6 +215,7 @@ class _Reader:
 
 
 def _integer(text: str) -> int:
+    """Raises ValueError beyond the number of digits that Python converts."""
     digits = text.replace("_", "")
     return int(digits, 0) if re.match(r"[-+]?0[xob]", digits) else int(digits, 10)
 

@@ -290,10 +290,10 @@ class Effects:
                 _LOG.warning("store_call_failed", call=what, error=str(error), again_in_s=wait_s)
                 self.tools.metrics.count("store_retries_total")
                 self.timers.after(wait_s, lambda: self._again(finished.decision, what, call, tries + 1))
-            case fence.FenceError() as error:
+            case (fence.FenceError() | ValueError()) as error if what == "claim":
                 stored = self._starting
                 raise RunSupersededError(_epoch_of(stored), str(error))
-            case ValueError() as error:
+            case (fence.FenceError() | ValueError()) as error:
                 _LOG.error("store_call_impossible", call=what, error=str(error))
                 self.settle(finished.decision, str(error), ok=False)
 

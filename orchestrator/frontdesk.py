@@ -13,13 +13,14 @@ from orchestrator.policy.events import CheckpointRequested, Event, StopRequested
 from orchestrator.policy.state import RunStatus
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_UNHEARD = (signal.SIGHUP,)  # a closed terminal is no reason to stop a run of weeks
 
 
 @contextmanager
 def signal_pipe() -> Iterator[int]:
-    """While the block runs, SIGTERM, SIGINT and SIGUSR1 are bytes in a pipe, whose read end is returned."""
+    """While the block runs, signals are bytes in a pipe, whose read end is returned; none ends the process."""
     read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = {signum: signal.signal(signum, _noted) for signum in SIGNALS}
+    before = {signum: signal.signal(signum, _noted) for signum in (*SIGNALS, *_UNHEARD)}
     wakeup_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     try:
         yield read

@@ -4,7 +4,6 @@ Nothing is changed before everything that can be known has been looked at. A run
 never started from scratch unless that is said.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ from pathlib import Path
 
 from orchestrator.config import ResolvedRun, check_changes, write_resolved
 from orchestrator.documents import ConfigError, Problem
-from orchestrator.errors import OrchestratorError, RunHeldError
+from orchestrator.errors import JournalMissingError, OrchestratorError, RunHeldError
 from orchestrator.facts import facts_of
 from orchestrator.journal import Journal
 from orchestrator.logs import log_to
+from orchestrator.policy.decisions import EndRun
 from orchestrator.policy.engine import Engine
-from orchestrator.policy.state import Incident
+from orchestrator.policy.state import Incident, RunStatus
 from orchestrator.preflight import preflight
 from orchestrator.process.filesystem import refuse_network_filesystem
 from orchestrator.process.lock import is_held, read_holder
@@ -66,6 +66,7 @@ class Launch:
     changed: tuple[str, ...]
     fresh: bool
     resume_because: str | None
+    data_digest: str | None = None
 
 
 def prepare(run: ResolvedRun, *, fresh: bool = False, resume_because: str | None = None) -> Launch:
@@ -85,42 +86,101 @@ def prepare(run: ResolvedRun, *, fresh: bool = False, resume_because: str | None
         raise RunHeldError(
             paths.child_lock, "a trainer that still runs: launch without --fresh to take it over, stop it"
         )
-    known = paths.database.exists() and not fresh
-    if known and resume_because is None:
-        refuse_halted(paths)
-    changed = check_changes(run) if known else []
+    past = None if fresh else _past(paths)
+    store = _store(run)
+    if past is not None and resume_because is None:
+        past.refuse_halted(paths)
+    changed = check_changes(run) if past is not None else []
+    if past is not None:
+        past.check(run, store)
+    digest = None
     if not living:  # one that trains has shown that it can
-        problems = preflight(run)
+        found = preflight(run)
+        digest = found.data_digest
+        problems = [*found.problems, *_moved_data(run, digest, past)]
         if problems:
             raise ConfigError(problems)
-    store = _store(run)
-    if not known and not fresh and fence.current_epoch(store) is not None:
+    if past is None and not fresh and fence.current_epoch(store) is not None:
+        if is_held(paths.lock):  # one that was launched at the same time has just begun
+            raise RunHeldError(paths.lock, str(read_holder(paths.lock) or "another process"))
         raise RunExistsError(store.url, paths.root)
-    return Launch(run, store, tuple(changed), fresh, resume_because)
+    return Launch(run, store, tuple(changed), fresh, resume_because, digest)
 
 
-def refuse_halted(paths: RunPaths) -> None:
-    """Do nothing for a run that may go on.
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """What the journal says of a run that exists."""
 
-    Raises:
-        HaltedError: it was halted by its policy, or its budget is used up.
-    """
-    with closing(Journal.read_only(paths.database)) as journal:
-        status = json.loads(journal.meta("status") or "{}")
-        ends = [json.loads(row["json"]) for row in journal.decisions() if row["kind"] == "end_run"]
-    if status.get("state") == "halted":
-        because = str(ends[-1]["because"]) if ends else "its policy asks for a person"
-        raise HaltedError(paths.root, int(ends[-1]["exit_code"]) if ends else 3, because)
+    status: RunStatus | None
+    end: EndRun | None
+
+    def refuse_halted(self, paths: RunPaths) -> None:
+        """Raise HaltedError for a run that was halted by its policy, or whose budget is used up."""
+        if self.status is not None and self.status.state == "halted":
+            because = self.end.because if self.end else "its policy asks for a person"
+            raise HaltedError(paths.root, self.end.exit_code if self.end else 3, because)
+
+    def check(self, run: ResolvedRun, store: Store) -> None:
+        """Raise ConfigError where the configuration or the store does not fit what was done already."""
+        status = self.status
+        if status is None:
+            return
+        if run.config.steps < status.step:
+            what = f"{status.step} steps are done already; raise it, or give the run another name"
+            raise ConfigError([run.document.problem(("steps",), what)])
+        try:
+            missing = status.last_commit_step is not None and not fence.commits_present(store)
+        except StoreError:
+            return  # the look before the start will say what is wrong with it
+        if missing:
+            what = (
+                f"{store.url} holds no checkpoint of this run, although step {status.last_commit_step} was committed; "
+                "bring it back (is it mounted?), or start from scratch with --fresh"
+            )
+            raise ConfigError([run.document.problem(("store", "url"), what)])
+
+
+def _past(paths: RunPaths) -> _Past | None:
+    """None for a run that was never begun: a journal that was only just created is none."""
+    try:
+        with closing(Journal.read_only(paths.database)) as journal:
+            status = journal.meta("status")
+            ends = [row["json"] for row in journal.decisions() if row["kind"] == "end_run"]
+    except JournalMissingError:
+        return None
+    return _Past(
+        RunStatus.model_validate_json(status) if status else None,
+        EndRun.model_validate_json(ends[-1]) if ends else None,
+    )
+
+
+def _moved_data(run: ResolvedRun, digest: str | None, past: _Past | None) -> list[Problem]:
+    """Positions in the data refer to the shards that the run began with."""
+    try:
+        known = run.paths.data_digest.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    if past is None or digest is None or digest == known:
+        return []
+    what = (
+        "the shards are not those that the run began with, and every position in the data would mean another sample; "
+        "bring them back as they were (names, sizes, order), or give the run another name"
+    )
+    return [run.document.problem(("data", "train"), what)]
 
 
 def supervise(launch: Launch, on_update: OnUpdate) -> int:
     """Supervise until the run ends; returns the exit code of DESIGN 11."""
     run = launch.run
+    if is_held(run.paths.lock):  # launched twice within the seconds of the look before the start
+        raise RunHeldError(run.paths.lock, str(read_holder(run.paths.lock) or "another process"))
     if launch.fresh:
         set_aside(run.paths)
     run.paths.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     refuse_network_filesystem(run.paths.root)
     write_resolved(run)
+    if launch.data_digest is not None:
+        run.paths.data_digest.write_text(launch.data_digest)
     if launch.fresh:
         _remember_first_epoch(run.paths, fence.current_epoch(launch.store) or 0)
     log_to(run.paths.root / "logs")

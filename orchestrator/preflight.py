@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.config import ResolvedRun
@@ -31,20 +32,29 @@ class PreflightError(OrchestratorError):
         super().__init__(f"the check before the start could not be made: {why}; run `longwatch doctor`")
 
 
-def preflight(run: ResolvedRun, *, port: bool = True) -> list[Problem]:
-    """Every problem that can be found without starting, placed in run.yaml.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the look before the start has shown."""
+
+    problems: tuple[Problem, ...]
+    data_digest: str | None = None
+
+
+def preflight(run: ResolvedRun, *, port: bool = True) -> Found:
+    """Every problem that can be found without starting, placed in run.yaml; and a digest of the training data.
 
     Raises:
         PreflightError: the check could not be made, so nothing is known.
     """
     problems = port_problems(run.config.metrics, run.document) if port else []
     if run.config.launch.command is not None:
-        return problems  # somebody else's trainer knows its own data
+        return Found(tuple(problems))  # somebody else's trainer knows its own data
     with tempfile.TemporaryDirectory(prefix="longwatch-") as directory:
         file = Path(directory) / "run.yaml"
         file.write_bytes(run.config_json)
         command = [sys.executable, "-m", "trainer.preflight", "--config", str(file), "--json"]
-        return [*problems, *_ask(command, run)]
+        asked = _ask(command, run)
+    return Found((*problems, *asked.problems), asked.data_digest)
 
 
 def port_problems(metrics: MetricsConfig, document: Document) -> list[Problem]:
@@ -65,17 +75,18 @@ def port_problems(metrics: MetricsConfig, document: Document) -> list[Problem]:
     return []
 
 
-def _ask(command: list[str], run: ResolvedRun) -> list[Problem]:
+def _ask(command: list[str], run: ResolvedRun) -> Found:
     limit_s = run.config.store.timeout_s + _EXTRA_S
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
-        found = json.loads(done.stdout)["problems"]
-        return [
+        answer = json.loads(done.stdout)
+        problems = (
             run.document.problem(
                 _KEYS.get(row["where"], ()), f"{row['what']}; {row['remedy']}" if row["remedy"] else str(row["what"])
             )
-            for row in found
-        ]
+            for row in answer["problems"]
+        )
+        return Found(tuple(problems), answer["data_digest"])
     except subprocess.TimeoutExpired as error:
         raise PreflightError(f"no answer within {limit_s:.0f} s") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -58,6 +58,7 @@ def take_over(journal: Journal, effects: Effects, paths: RunPaths, deadlines: De
     pending = _still_valid(journal.pending(), effects)
     row = journal.last_attempt()
     if row is None or row["ended_at_s"] is not None:
+        _wait_for_unjournaled(paths)
         return Taken(None, pending)
     number = int(row["attempt"])
     start = next(
@@ -101,6 +102,13 @@ def _was_released(paths: RunPaths, attempt: int) -> bool:
     """Whether it ever did anything: the journal can't tell, since the release comes after its entry."""
     signs = (paths.liveness(attempt), paths.records(attempt), paths.exit_file(attempt))
     return any(sign.exists() for sign in signs)
+
+
+def _wait_for_unjournaled(paths: RunPaths) -> None:
+    """A process that its supervisor did not live to journal was never released: it is just about to leave."""
+    deadline_s = time.monotonic() + _DIES_WITHIN_S
+    while not is_free(paths.child_lock) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
 
 
 def _end_unreleased(paths: RunPaths, child: Child | None) -> None:

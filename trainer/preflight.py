@@ -45,32 +45,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="run.yaml")
     parser.add_argument("--json", action="store_true", help='print {"problems": [...]} instead of lines')
     arguments = parser.parse_args(argv)
-    problems = check_file(arguments.config)
+    problems, digest = check_file(arguments.config)
     if arguments.json:
-        sys.stdout.write(json.dumps({"problems": [asdict(problem) for problem in problems]}) + "\n")
+        answer = {"problems": [asdict(problem) for problem in problems], "data_digest": digest}
+        sys.stdout.write(json.dumps(answer) + "\n")
     else:
         sys.stdout.writelines(f"{problem}\n" for problem in problems)
     return ExitCode.CONFIG if problems else ExitCode.FINISHED
 
 
-def check_file(path: Path) -> list[Problem]:
-    """Every problem of the run that a file describes."""
+def check_file(path: Path) -> tuple[list[Problem], str | None]:
+    """Every problem of the run that a file describes, and the digest of its training data if that can be read."""
     try:
         raw = path.read_bytes()
         if len(raw) > _MAX_CONFIG_BYTES:
-            return [Problem("config", f"{path} is larger than {_MAX_CONFIG_BYTES} bytes", "name a run.yaml")]
+            return [Problem("config", f"{path} is larger than {_MAX_CONFIG_BYTES} bytes", "name a run.yaml")], None
         config = RunConfig.model_validate(YAML(typ="safe", pure=True).load(raw))
     except OSError as error:
-        return [Problem("config", f"{path}: {error.strerror}", "name a run.yaml that can be read")]
+        return [Problem("config", f"{path}: {error.strerror}", "name a run.yaml that can be read")], None
     except YAMLError as error:
-        return [Problem("config", f"{path} is not YAML: {error}", "correct it")]
+        return [Problem("config", f"{path} is not YAML: {error}", "correct it")], None
     except ValidationError as error:
         return [
             Problem("config", f"{'.'.join(str(part) for part in row['loc'])}: {row['msg']}", "correct it")
             for row in error.errors()
-        ]
+        ], None
     base = path.absolute().parent
-    return check(config, base, Path(config.run_dir) if config.run_dir is not None else base)
+    problems = check(config, base, Path(config.run_dir) if config.run_dir is not None else base)
+    manifest = _manifest_of(config.data.train, config)
+    return problems, None if manifest is None else manifest.digest
 
 
 def check(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Problem]:
@@ -125,6 +128,8 @@ def store_problems(config: RunConfig, base_dir: Path) -> list[Problem]:
 def disk_problems(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Problem]:
     """A run directory that cannot be written, or too little room for checkpoints."""
     existing = _nearest_existing(run_dir)
+    if not existing.is_dir():
+        return [Problem("disk", f"{existing} is a file, so {run_dir} cannot be made", "set run_dir to another place")]
     if not os.access(existing, os.W_OK | os.X_OK):
         return [Problem("disk", f"{existing} is not writable", "change its owner, or set run_dir to another place")]
     one = _STATE_BYTES * parameters_of(config)

@@ -4,6 +4,7 @@ A failed save is a record, never the end of training; at most one save is under 
 once its manifest exists, not when the copy was taken.
 """
 
+import contextlib
 import math
 
 import structlog
@@ -79,6 +80,8 @@ class Saver:
     def close(self, timeout_s: float) -> None:
         """The same at the end of the attempt."""
         self._writer.close(timeout_s)
+        with contextlib.suppress(SupersededError):  # it is leaving anyway; what was committed must be known
+            self.poll()
 
     def _committed(self, done: Committed) -> None:
         self.saved_step = done.step

@@ -30,6 +30,8 @@ class DriftState(BaseModel):
     blocks: list[Block] = Field(default_factory=list)
     key: int | None = None
     onset_step: int = 0
+    level: float = Field(default=0.0, description="of the blocks when it was told last")
+    told_step: int = 0
     recent_steps: list[int] = Field(default_factory=list)
     low: list[Row] = Field(default_factory=list)
     low_key: int | None = None
@@ -56,7 +58,9 @@ class DriftDetector:
         if excused:
             state.blocks = state.blocks[-1:]
             return []
-        return self._falling_again(row) if state.key is not None else self._climbing(row, next_key)
+        if state.key is None:
+            return self._climbing(row, next_key)
+        return self._falling_again(row) or self._going_on(row, next_key)
 
     def join(self, key: int) -> None:
         """The climb and a spike in progress are one anomaly."""
@@ -75,19 +79,19 @@ class DriftDetector:
         state.low_settled = False
 
     def _climbing(self, row: Row, next_key: int) -> list[Finding]:
-        state, settings = self.state, self._settings
+        state = self.state
         if len(state.blocks) < 2 * _CLIMBING + 2:
             return []
         lowest = min(_smoothed(state.blocks[:-1]), key=lambda block: block.loss)
         since = [block for block in state.blocks if block.step >= lowest.step]
         last = [block.loss for block in state.blocks[-_CLIMBING:]]
         rise = min(last) - lowest.loss
-        needed = max(settings.drift_nats, settings.drift_share * lowest.loss, 5 * self._noise())
+        needed = self._needed(lowest.loss)
         climbing = all(late >= early - self._noise() for early, late in itertools.pairwise(last))
         gradual = max((b.loss - a.loss for a, b in itertools.pairwise(since)), default=0.0) < 0.7 * rise
         if len(since) < _CLIMBING + 1 or rise < needed or not climbing or not gradual:
             return []
-        state.key, state.onset_step = next_key, lowest.step
+        state.key, state.onset_step, state.level, state.told_step = next_key, lowest.step, min(last), row.step
         why = f"the loss has climbed from {lowest.loss:.3f} at step {lowest.step} by {rise:.3f} without a jump"
         evidence: Evidence = {"lowest": lowest.loss, "rise": round(rise, 6), "threshold": round(needed, 6)}
         cls = IncidentClass.SLOW_DIVERGENCE
@@ -103,6 +107,22 @@ class DriftDetector:
         state.blocks = state.blocks[-1:]
         why = "the loss falls again"
         return [Finding("closed", key, IncidentClass.SLOW_DIVERGENCE, state.onset_step, row.step, why, row.step)]
+
+    def _going_on(self, row: Row, next_key: int) -> list[Finding]:
+        """As much again above the level at which it was found: what was done about it did not help."""
+        state, cls = self.state, IncidentClass.SLOW_DIVERGENCE
+        last = [block.loss for block in state.blocks[-_CLIMBING:]]
+        assert state.key is not None
+        soon = row.step - state.told_step < 2 * self._settings.recover_steps_max  # an answer takes its time to work
+        if soon or len(last) < _CLIMBING or min(last) - state.level < self._needed(state.level):
+            return []
+        why = f"the loss climbs on, from {state.level:.3f} where it was found to {min(last):.3f}"
+        closed = Finding("closed", state.key, cls, state.onset_step, row.step, why, row.step)
+        state.key, state.level, state.told_step = next_key, min(last), row.step
+        return [closed, Finding("classified", next_key, cls, state.onset_step, row.step, why)]
+
+    def _needed(self, level: float) -> float:
+        return max(self._settings.drift_nats, self._settings.drift_share * level, 5 * self._noise())
 
     def _noise(self) -> float:
         """How far block medians scatter by chance: from second differences, which a steady fall leaves alone."""

@@ -65,6 +65,7 @@ class NonFiniteDetector:
         state.streak = 0
         state.skipped_steps = [s for s in state.skipped_steps if s <= step]
         state.loaded_step = step if step > 0 else None
+        state.dead_group = ""
 
     def _finite(self, record: StepRecord) -> list[Finding]:
         state = self.state

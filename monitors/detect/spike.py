@@ -4,6 +4,7 @@ The step axis is the truth: waiting is counted in steps, and in rows where a log
 stand out of what the run's own tail has shown, because one rank's losses are heavy-tailed by nature.
 """
 
+from dataclasses import replace
 from statistics import median
 
 from pydantic import BaseModel, Field
@@ -211,7 +212,8 @@ class SpikeDetector:
             return []
         self._rebase(event)
         why = f"{self._why(event, row)}; never back, watched again from its new level on"
-        return [self._finding("closed", event, row, why, end_step=row.step)]
+        closed = self._finding("closed", event, row, why, end_step=row.step)
+        return [replace(closed, evidence={**closed.evidence, "gave_in": 1})]
 
     def _rebase(self, event: Event) -> None:
         self.state.event = None

@@ -4,6 +4,7 @@ Exit codes: 0 finished, 1 failed, 2 usage or configuration, 3 halted by policy, 
 operator with a checkpoint, 75 preempted with a checkpoint, 130/143 ended by a signal without one.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version as installed_version
@@ -15,6 +16,7 @@ from orchestrator.cli import check, control, data, launch, look, replay, write
 from orchestrator.cli.output import remark, say
 from orchestrator.documents import ConfigError
 from orchestrator.errors import OrchestratorError
+from trainer.contract.fence import FenceError
 from trainer.contract.store import StoreError
 
 app = typer.Typer(
@@ -60,9 +62,12 @@ def run(arguments: Sequence[str]) -> int:
     except OrchestratorError as error:
         remark(str(error))
         return error.exit_code
-    except StoreError as error:
+    except (StoreError, FenceError) as error:
         remark(str(error))
         return 1
+    except BrokenPipeError:  # the reader has seen enough: longwatch incidents | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
     return 0

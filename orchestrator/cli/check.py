@@ -25,8 +25,8 @@ SetOption = Annotated[
 def check(run_file: RunFile, sets: SetOption = None) -> None:
     """Check configuration, policy, data, store, disk and port, and name every mistake with its remedy."""
     run = resolve(run_file, sets or ())
-    changed = check_changes(run)
-    problems = preflight(run, port=not is_held(run.paths.lock))  # a running supervisor has the port by right
+    changed = check_changes(run) if run.paths.database.exists() else []
+    problems = preflight(run, port=not is_held(run.paths.lock)).problems  # a running supervisor has the port by right
     for problem in problems:
         remark(str(problem))
     if problems:

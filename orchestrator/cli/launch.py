@@ -1,8 +1,10 @@
 """`longwatch launch` and `resume`: a run starts, goes on, or is taken up again, and is watched until it ends."""
 
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated, cast
 
 import typer
 
@@ -12,10 +14,14 @@ from orchestrator.cli.find import NoSuchRunError, RunArgument, find_run
 from orchestrator.cli.output import out, remark
 from orchestrator.config import ResolvedRun, resolve, resolve_again
 from orchestrator.launching import Launch, prepare, supervise
+from orchestrator.policy.decisions import EndRun
 from orchestrator.policy.state import Incident
+from orchestrator.report.background import BackgroundFile
 from orchestrator.report.lines import line
 from orchestrator.report.live import Display, display_for
 from orchestrator.supervisor import Update
+
+_OUTPUT_ENDS_S = 2.0
 
 
 def launch(
@@ -56,12 +62,15 @@ def _resolved(named: Path, sets: list[str]) -> ResolvedRun:
 
 
 def _watch(ready: Launch) -> None:
-    console = out()
+    output = BackgroundFile(sys.stdout) if _has_descriptor(sys.stdout) else None
+    console = out(cast("IO[str] | None", output))
     if ready.changed:
         console.print(line("changed", keys=",".join(ready.changed)), markup=False)
     console.print(line("run", dir=str(ready.run.paths.root), store=ready.store.url), markup=False)
     display = display_for(console)
     watcher = _Watcher(display)
+    for signum in (signal.SIGTERM, signal.SIGINT):  # in force before and after the supervisor takes signals in
+        signal.signal(signum, watcher.interrupted)
     try:
         code = supervise(ready, watcher.update)
     except ExporterError as error:
@@ -70,7 +79,16 @@ def _watch(ready: Launch) -> None:
     finally:
         display.close()
         ready.store.close()
+        if output is not None:
+            output.finish(_OUTPUT_ENDS_S)
     raise typer.Exit(code)
+
+
+def _has_descriptor(file: IO[str]) -> bool:
+    try:
+        return file.fileno() >= 0
+    except OSError:
+        return False
 
 
 class _Watcher:
@@ -79,6 +97,7 @@ class _Watcher:
     def __init__(self, display: Display) -> None:
         self._display = display
         self._told = False
+        self._ended = False
 
     def update(self, update: Update, incidents: Sequence[Incident]) -> None:
         """What happened since the last time, and how the run stands."""
@@ -86,8 +105,14 @@ class _Watcher:
             self._told = True
             self._display.say(line("metrics", url=update.metrics_url))
         for folded in update.folded:
+            self._ended = self._ended or any(isinstance(decision, EndRun) for decision in folded.decisions)
             self._display.folded(folded.event, folded.decisions)
         self._display.refresh(update.status, incidents)
+
+    def interrupted(self, signum: int, frame: object) -> None:
+        """Once the end is decided and journaled, its exit code stands, however often somebody asks again."""
+        if not self._ended:
+            raise SystemExit(128 + signum)
 
 
 def register(app: typer.Typer) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from orchestrator.cli.find import JsonOption, RunArgument, find_run
 from orchestrator.cli.output import out, say, say_json
+from orchestrator.documents import ConfigError, Place, Problem
 from orchestrator.journal import Journal
 from orchestrator.recovery.catalog import Checkpoint, list_checkpoints
 from orchestrator.report.facts import run_status, shown_incidents
@@ -61,8 +62,13 @@ def stored_checkpoints(paths: RunPaths) -> list[Checkpoint]:
 
     Raises:
         StoreError: it cannot be asked.
+        ConfigError: the run directory does not say where the store is.
     """
-    config = RunConfig.model_validate_json(paths.run_yaml.read_bytes())
+    try:
+        config = RunConfig.model_validate_json(paths.run_yaml.read_bytes())
+    except (OSError, ValueError) as error:
+        message = f"cannot be read ({type(error).__name__}); launch the run again, or bring the file back"
+        raise ConfigError([Problem(Place(str(paths.run_yaml)), "", message)]) from error
     with closing(open_store(config.store, paths.root, config.name)) as store:
         return list_checkpoints(store)
 

@@ -6,14 +6,22 @@ Colours only on a terminal and never with NO_COLOR; JSON never shares stdout wit
 import json
 import math
 import sys
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
 
-def out() -> Console:
+class _Console(Console):
+    """Says that a reader is gone by the usual error; rich would end the process, a supervisor among them."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the error through."""
+        raise BrokenPipeError
+
+
+def out(file: IO[str] | None = None) -> Console:
     """The console for results; made anew, because stdout may have been redirected since."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    return _Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
 
 
 def err() -> Console:

@@ -1,6 +1,7 @@
 """The life of attempts: what is started, and what follows when one has ended. Pure."""
 
 import hashlib
+from typing import Literal
 
 from monitors.taxonomy import IncidentClass
 from orchestrator.policy import diagnose
@@ -19,10 +20,12 @@ _GRACEFUL = ("preempted", "orphaned", "left")
 
 def start(ctx: Context, recovery: Recovery, wait_s: float = 0.0) -> None:
     """Decide the next attempt. Without any checkpoint of this run it starts fresh, with one it never does."""
+    assert recovery.candidates or not ctx.state.commits
     state = ctx.state
     state.attempt += 1
     state.epoch += 1
     state.alive, state.spawned = True, False
+    state.reanchoring = recovery.reanchor
     state.phase = "starting" if recovery.incident is None else "recovering"
     plan = ResumePlan(
         run_id=ctx.facts.run_id,
@@ -90,7 +93,6 @@ def _next_replay(ctx: Context) -> Incident | None:
 
 
 def _carry_out(ctx: Context, pending: Recovery, event: AttemptExited) -> None:
-    state = ctx.state
     match pending.kind:
         case "restart":
             start(ctx, pending)
@@ -99,13 +101,23 @@ def _carry_out(ctx: Context, pending: Recovery, event: AttemptExited) -> None:
         case "halt" | "budget":
             end_for(ctx, pending)
         case "stop" | "preempt":
-            stopped, code, signum = ("stopped", 5, 130) if pending.kind == "stop" else ("preempted", 75, 143)
             if event.cause == "finished":
                 _end(ctx, "finished", 0, "the last step was done when the stop came")
-            elif event.cause in _GRACEFUL:
-                _end(ctx, stopped, code, f"{pending.because}; checkpoint of step {state.best_durable_step} is saved")
             else:
-                _end(ctx, stopped, signum, f"{pending.because}; no checkpoint could be saved ({event.cause})")
+                stop(ctx, pending.kind, pending.because)
+
+
+def stop(ctx: Context, kind: Literal["stop", "preempt"], because: str) -> None:
+    """End as asked. With a checkpoint to go on from the run can be launched again, and it is said what is not in it."""
+    state = ctx.state
+    saved = max((commit.step for commit in state.commits if commit.standing != "bad"), default=None)
+    phase, code, signum = ("stopped", 5, 130) if kind == "stop" else ("preempted", 75, 143)
+    if saved is None:
+        _end(ctx, phase, signum, f"{because}; there is no checkpoint yet")
+        return
+    lost = state.step - saved
+    unsaved = f", the {lost} steps after it are not" if lost > 0 else ""
+    _end(ctx, phase, code, f"{because}; checkpoint of step {saved} is saved{unsaved}")
 
 
 def end_for(ctx: Context, recovery: Recovery) -> None:
@@ -131,7 +143,7 @@ def _answer(ctx: Context, event: AttemptExited) -> None:
     incident.decision = [str(name) for name in actions.names()]
     if actions.notify is not None:
         ctx.notify(actions.notify.level, f"{cls}: {event.cause}", why, incident.id)
-    if actions.halt is not None or not (actions.restart or actions.roll_back):
+    if actions.halt is not None or not (actions.restart or actions.widen_rollback):
         incident.state, incident.outcome, incident.end_step = "closed", "halted", state.step
         _end(ctx, "halted", 3, why)
         return
@@ -141,22 +153,30 @@ def _answer(ctx: Context, event: AttemptExited) -> None:
         if not _may_restart(ctx, incident):
             return
     wait_s = 0.0 if free or rule is None else backoff_s(rule.backoff, state.attempts_without_progress, _fraction(ctx))
-    restart(ctx, incident, wait_s)
+    restart(ctx, incident, wait_s, skip_newest=actions.widen_rollback is not None)
 
 
-def restart(ctx: Context, incident: Incident, wait_s: float = 0.0) -> None:
+def restart(ctx: Context, incident: Incident, wait_s: float = 0.0, *, skip_newest: bool = False) -> None:
     """Start again from the newest state that nothing speaks against; the old attempt is dead."""
     state = ctx.state
-    candidates = process_candidates(state.commits, ctx.tainted_from())
-    per_widening = ctx.policy.on_no_progress.attempts
-    widenings = state.attempts_without_progress // per_widening
-    candidates = candidates[min(widenings, max(0, len(candidates) - 1)) :]
-    if state.commits and not candidates:
-        _end(ctx, "halted", 3, f"{incident.why}; no checkpoint is left that nothing speaks against")
-        return
+    widenings = state.attempts_without_progress // ctx.policy.on_no_progress.attempts + skip_newest
     incident.state = "recovering"
-    names = [commit.id for commit in candidates]
-    start(ctx, Recovery(kind="restart", incident=incident.id, candidates=names, because=incident.why), wait_s)
+    go_on(ctx, Recovery(kind="restart", incident=incident.id, because=incident.why), widenings, wait_s)
+
+
+def go_on(ctx: Context, recovery: Recovery, widenings: int = 0, wait_s: float = 0.0) -> None:
+    """Start from the newest state that nothing speaks against; a rollback that was decided and not yet loaded holds."""
+    state = ctx.state
+    names = [commit.id for commit in process_candidates(state.commits, ctx.tainted_from())]
+    if state.undelivered is not None:
+        present = {commit.id for commit in state.commits if commit.standing != "bad"}
+        names = [name for name in state.undelivered.candidates if name in present]
+        recovery.reanchor = True
+    if state.commits and not names:
+        _end(ctx, "halted", 3, f"{recovery.because}; no checkpoint is left that nothing speaks against")
+        return
+    recovery.candidates = names[min(widenings, max(0, len(names) - 1)) :]
+    start(ctx, recovery, wait_s)
 
 
 def _may_restart(ctx: Context, incident: Incident) -> bool:

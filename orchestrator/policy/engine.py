@@ -35,9 +35,8 @@ from orchestrator.policy.events import (
     Ticked,
 )
 from orchestrator.policy.model import Policy
-from orchestrator.policy.respond import on_evaluation, on_finding, respond
+from orchestrator.policy.respond import expire_evaluations, on_evaluation, on_finding, respond
 from orchestrator.policy.state import ENDED, EngineState, Incident, Recovery, ReplayRow, RunFacts, RunStatus
-from orchestrator.recovery.target import process_candidates
 from trainer.contract.commands import CheckpointNow
 from trainer.contract.plan import overlay_factor
 
@@ -117,8 +116,7 @@ class Engine:
             ctx.decide(EndRun(state="finished", exit_code=0, because="the run is finished already"))
 
     def _restart(self, ctx: Context, because: str) -> None:
-        candidates = process_candidates(self.state.commits, ctx.tainted_from())
-        attempts.start(ctx, Recovery(kind="restart", candidates=[c.id for c in candidates], because=because))
+        attempts.go_on(ctx, Recovery(kind="restart", because=because))
 
     def _record(self, ctx: Context, record: Record) -> None:
         state = self.state
@@ -133,9 +131,11 @@ class Engine:
                     diagnose.on_replay_step(state, record.step, row)
                     return
                 health.on_step(ctx, record)
+                expire_evaluations(ctx)
             case StartedRecord():
                 if replaying and state.replay is not None:
                     state.replay.runs.append({})
+                if replaying or record.replay:  # of a replay that was stopped while it loaded
                     return
                 health.on_started(ctx, record)
                 quarantined = tuple(quarantine.shard for quarantine in state.quarantines)
@@ -146,7 +146,7 @@ class Engine:
             case EvalRecord() if not replaying:
                 state.last_eval = (record.step, record.loss)
                 state.evals = [*state.evals[-63:], (record.step, record.loss)]
-                if record.command is not None:
+                if record.command is not None and state.pending is None:
                     on_evaluation(ctx, record.command, record.loss)
         if not replaying:
             self._observe(ctx, record)
@@ -165,11 +165,9 @@ class Engine:
         return incident is None or incident.cls in _EXACT_RESUMES
 
     def _overlay_spans(self) -> tuple[tuple[int, int], ...]:
-        spans = []
-        for overlay in self.state.overlays:
-            end = self.facts.total_steps if overlay.keep else overlay.hold_until_step + overlay.ramp_steps
-            spans.append((overlay.from_step, end))
-        return tuple(spans)
+        """Where the LR ramps back, the loss rises by intention; while it is held down, a rise is as real as ever."""
+        ramps = (overlay for overlay in self.state.overlays if not overlay.keep)
+        return tuple((ramp.hold_until_step, ramp.hold_until_step + ramp.ramp_steps) for ramp in ramps)
 
     def _hang(self, ctx: Context, event: HangConfirmed) -> None:
         state = self.state
@@ -187,11 +185,10 @@ class Engine:
         because = "stopped by the operator" if kind == "stop" else "the machine asked us to leave"
         if not state.spawned:  # between attempts, or waiting to start one: there is nothing to save
             state.alive = False
-            ended, code = ("stopped", 5) if kind == "stop" else ("preempted", 75)
-            state.phase = "stopped" if kind == "stop" else "preempted"
-            ctx.decide(EndRun.model_validate({"state": ended, "exit_code": code, "because": because}))
+            attempts.stop(ctx, kind, because)
             return
-        leaving_bad_state = state.pending is not None or state.replay is not None
+        asked_before = state.pending is not None and state.pending.kind in ("stop", "preempt")
+        leaving_bad_state = (state.pending is not None and not asked_before) or state.replay is not None
         if state.pending is None or state.pending.kind in ("restart", "diagnose"):
             state.pending = Recovery(kind=kind, because=because)
             state.replay = None
@@ -207,6 +204,7 @@ class Engine:
         state.restarts_at_s.clear()
         state.rollbacks_used = 0
         state.warm_up_rollbacks = 0
+        state.discarded_steps = 0
         ctx.notify("info", "resumed by a person", event.because)
         self._restart(ctx, f"resumed by a person: {event.because}")
 

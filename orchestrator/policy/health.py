@@ -1,7 +1,7 @@
 """What becomes of checkpoints and recoveries as healthy steps pass: promotion, lineage, outcome. Pure."""
 
 from monitors.records import CommitRecord, StartedRecord, StepRecord
-from monitors.taxonomy import IncidentClass
+from monitors.taxonomy import TAINTING, IncidentClass
 from orchestrator.policy import budgets
 from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import PruneCheckpoints, WriteVerdict
@@ -62,7 +62,7 @@ def _promote(ctx: Context) -> None:
 
 def _prune(ctx: Context) -> None:
     state = ctx.state
-    if not ctx.enforcing:
+    if ctx.facts.trace:
         return
     restoring = [i.target_step for i in state.incidents[-64:] if i.is_open]
     plan = plan_retention(
@@ -121,6 +121,7 @@ def on_commit(ctx: Context, record: CommitRecord) -> None:
         for i in ctx.taints()
     )
     commit.tainted = unrecovered and tainted_from is not None and record.step >= max(1, tainted_from)
+    commit.tainted |= state.never_back_from is not None and record.step >= state.never_back_from
     state.commits.append(commit)
     state.commits.sort(key=lambda known: known.step)
     budgets.on_durable(ctx, commit)
@@ -141,20 +142,45 @@ def on_started(ctx: Context, record: StartedRecord) -> None:
         incident.cost.restart_s = max(0.0, state.now_s - incident.opened_at_s)
         if incident.resume_step is None:
             incident.resume_step = state.step
-    state.discarded_steps += lost
+    _settle_overtaken(ctx, record)
     state.abandoned += [c.id for c in state.commits if c.step > record.step and c.standing != "bad"]
     state.commits = [commit for commit in state.commits if commit.step <= record.step]
     state.evals = [row for row in state.evals if row[0] <= record.step]
     state.history = [row for row in state.history if row.step <= record.step]
-    state.quarantines = [
-        q.model_copy(update={"from_position": min(q.from_position, record.position)}) for q in state.quarantines
-    ]
-    state.overlays = [o.model_copy(update={"from_step": min(o.from_step, record.step + 1)}) for o in state.overlays]
+    if state.reanchoring:
+        _reanchor(ctx, record, lost)
+    state.undelivered = None
+    if state.never_back_from is not None and record.step < state.never_back_from:
+        state.never_back_from = None
     state.step, state.position, state.tokens = record.step, record.position, record.tokens
     state.unhealthy_until_step = min(state.unhealthy_until_step, record.step)
     state.peak_lr, state.precision = record.peak_lr, record.precision
     state.total_samples = record.total_samples
     state.shard_names, state.shard_samples = list(record.shards), list(record.shard_samples)
+
+
+def _settle_overtaken(ctx: Context, record: StartedRecord) -> None:
+    """What was going on when an attempt ended is left behind: the state is from before it, the diagnosis starts anew.
+
+    If it is still there it will be found again, as a new incident.
+    """
+    for incident in ctx.state.incidents[-64:]:
+        if incident.attempt < record.attempt and incident.is_open and incident.state != "recovering":
+            incident.state, incident.outcome, incident.end_step = "closed", "superseded", ctx.state.step
+            incident.key = None
+            for commit in ctx.state.commits:  # only if nothing older was left to load
+                commit.tainted |= incident.cls in TAINTING and commit.step >= max(1, incident.onset_step)
+
+
+def _reanchor(ctx: Context, record: StartedRecord, lost: int) -> None:
+    """A training rollback: quarantines and overlays that began later hold from here; a crash leaves them be."""
+    state = ctx.state
+    state.discarded_steps += lost
+    state.best_durable_step = min(state.best_durable_step, record.step)
+    state.quarantines = [
+        q.model_copy(update={"from_position": min(q.from_position, record.position)}) for q in state.quarantines
+    ]
+    state.overlays = [o.model_copy(update={"from_step": min(o.from_step, record.step + 1)}) for o in state.overlays]
 
 
 def _condemn(ctx: Context, commit_id: str, why: str) -> None:

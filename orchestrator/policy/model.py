@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from monitors.settings import DetectSettings
 from monitors.taxonomy import IncidentClass
+from trainer.contract.liveness import Phase
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -114,11 +115,25 @@ _Item = Annotated[
 ]
 
 
+CrashCause = Literal[
+    "killed", "host_oom", "cuda_oom", "gpu", "nccl", "native_crash", "disk_full", "store", "checkpoint", "config",
+    "user_error", "error", "unknown",
+]  # fmt: skip
+"""Causes of an ended attempt that make it a crash; the table is in orchestrator/process/causes.py."""
+
+#: The attempt is dead when these are answered, so there is nothing to evaluate, cut or skip.
+_OF_THE_PROCESS = frozenset(
+    {IncidentClass.CRASH, IncidentClass.HANG, IncidentClass.PREEMPTION, IncidentClass.DATA_ERROR}
+)
+_WHAT_FOLLOWS: tuple[ActionName, ...] = ("restart", "widen_rollback", "halt")
+_FOR_THE_DEAD = frozenset({"record", "notify", "capture", *_WHAT_FOLLOWS})
+
+
 class When(Section):
     """Further conditions of a rule; all given ones must hold."""
 
-    cause: str | tuple[str, ...] | None = Field(default=None, description="of a crash: a row of the cause table")
-    phase: str | tuple[str, ...] | None = Field(default=None, description="of a hang")
+    cause: CrashCause | tuple[CrashCause, ...] | None = Field(default=None, description="of a crash")
+    phase: Phase | tuple[Phase, ...] | None = Field(default=None, description="of a hang")
     validation_confirms: bool | None = Field(default=None, description="an evaluation on the spot shows it too")
     verdict: Literal["hardware", "data", "data_and_state", "state", "inconclusive"] | None = Field(
         default=None, description="what `diagnose` found"
@@ -138,7 +153,7 @@ class Backoff(Section):
 class Rule(Section):
     """What is done about a class. `ladder` takes one rung further at each relapse and stays on its last."""
 
-    on: IncidentClass | tuple[IncidentClass, ...]
+    on: IncidentClass | Annotated[tuple[IncidentClass, ...], Field(min_length=1)]
     when: When = When()
     do: tuple[_Item, ...] | None = None
     ladder: tuple[Actions, ...] | None = None
@@ -151,16 +166,37 @@ class Rule(Section):
             raise ValueError("a rule has either `do` or `ladder`")
         if not self.rungs() or not all(rung.names() for rung in self.rungs()):
             raise ValueError("a rule with no action does nothing; write `do: [record]` if that is meant")
+        self._check_process_rule()
         for rung in self.rungs():
+            if sum(getattr(rung, name) is not None for name in (*_WHAT_FOLLOWS, "roll_back")) > 1:
+                raise ValueError("only one of roll_back, restart, widen_rollback and halt can follow")
             changes = rung.skip_data or rung.lower_lr or rung.reseed or rung.quarantine_shards
             if rung.roll_back is not None and not changes and self.when.verdict != "hardware":
                 raise ValueError(
                     "a roll_back that changes nothing would only repeat itself: add skip_data, lower_lr, "
                     "quarantine_shards or reseed, or restrict the rule with `when: {verdict: hardware}`"
                 )
+            if rung.reseed is not None and rung.roll_back is None:
+                raise ValueError("reseed belongs to a rollback: other random numbers from the target on; add roll_back")
             if rung.skip_data is not None and rung.roll_back is None:
                 raise ValueError("skip_data without going back would skip what was read already: add roll_back")
         return self
+
+    def _check_process_rule(self) -> None:
+        classes = frozenset(self.classes())
+        if self.when.cause is not None and classes != {IncidentClass.CRASH}:
+            raise ValueError("`cause` is a condition of crash alone")
+        if self.when.phase is not None and classes != {IncidentClass.HANG}:
+            raise ValueError("`phase` is a condition of hang alone")
+        if not classes & _OF_THE_PROCESS:
+            return
+        names = self.rungs()[0].names()
+        if len(self.rungs()) > 1 or not set(names) <= _FOR_THE_DEAD or not set(names) & set(_WHAT_FOLLOWS):
+            raise ValueError(
+                f"the trainer is dead when {', '.join(sorted(classes & _OF_THE_PROCESS))} is answered: `do` says what "
+                f"follows, one of {', '.join(_WHAT_FOLLOWS)}, beside record, notify and capture; "
+                "`on_no_progress` says what comes after repeated failures"
+            )
 
     def classes(self) -> tuple[IncidentClass, ...]:
         """The classes it answers to."""

@@ -31,6 +31,9 @@ def on_finding(ctx: Context, finding: Finding) -> None:
             if incident.state == "suspected" or not incident.decision:
                 respond(ctx, incident)
         case "closed":
+            if finding.evidence.get("gave_in"):
+                incident.outcome = incident.outcome or "not_recovered"
+                ctx.state.never_back_from = min(incident.onset_step, ctx.state.never_back_from or incident.onset_step)
             _close(ctx, incident, finding.end_step if finding.end_step is not None else finding.step)
         case "dismissed":
             incident.state, incident.outcome, incident.end_step = "dismissed", "notice", finding.step
@@ -106,13 +109,18 @@ def _validated(ctx: Context, incident: Incident) -> bool:
 
 
 def _rung(ctx: Context, incident: Incident, rule: Rule) -> tuple[int, Actions]:
-    """One rung further than the incident of the same family that this one is a relapse of."""
+    """One rung further than the incident of the same family that this one is a relapse of; the last one stays.
+
+    The number counts on beyond the ladder's length, because the rule after a diagnosis may have a longer one.
+    """
     rungs = rule.rungs()
     if len(rungs) == 1 and _family(incident) not in ("loss", "non_finite"):
         return 0, rungs[0]  # a notice again is no relapse
     place = ctx.state.ladders.get(_family(incident))
     rung = 0
-    if place is not None and incident.onset_step <= place.relapse_until_step and place.incident != incident.id:
+    if place is not None and place.incident == incident.id:
+        rung = place.rung  # answered again, after its diagnosis
+    elif place is not None and incident.onset_step <= place.relapse_until_step:
         rung = place.rung + 1
         incident.relapse_of = place.incident
         previous = ctx.state.incident(place.incident)
@@ -120,7 +128,7 @@ def _rung(ctx: Context, incident: Incident, rule: Rule) -> tuple[int, Actions]:
             previous.outcome = "relapsed"
             previous.state = "closed"
             previous.end_step = previous.end_step if previous.end_step is not None else incident.onset_step
-    return min(rung, len(rungs) - 1), rungs[min(rung, len(rungs) - 1)]
+    return rung, rungs[min(rung, len(rungs) - 1)]
 
 
 def _family(incident: Incident) -> str:
@@ -149,20 +157,23 @@ def _note_decision(ctx: Context, incident: Incident, actions: Actions) -> None:
         rung=incident.rung,
         incident=incident.id,
         relapse_until_step=until,
-        factor=_factor(actions.lower_lr, previous, incident.rung) if actions.lower_lr else 1.0,
+        factor=_factor(actions.lower_lr, previous, incident.rung),
     )
 
 
-def _factor(lower: LowerLr, previous: LadderPlace | None, rung: int) -> float:
+def _factor(lower: LowerLr | None, previous: LadderPlace | None, rung: int) -> float:
     """Only escalation multiplies, and never below the floor."""
-    factor = lower.factor * previous.factor if rung > 0 and previous is not None else lower.factor
-    return max(factor, lower.min_factor)
+    before = previous.factor if rung > 0 and previous is not None else 1.0
+    return before if lower is None else max(lower.factor * before, lower.min_factor)
 
 
 def _carry_out(ctx: Context, incident: Incident, actions: Actions) -> None:
     state = ctx.state
     if actions.capture is not None:
         ctx.decide(CaptureEvidence(attempt=state.attempt, incident=incident.id))
+    if actions.evaluate is not None:
+        ask = EvaluateNow(id=ctx.next_command())
+        ctx.decide(SendCommand(attempt=state.attempt, command=ask, incident=incident.id))
     if actions.checkpoint is not None:
         command = CheckpointNow(id=ctx.next_command())
         ctx.decide(SendCommand(attempt=state.attempt, command=command, incident=incident.id))
@@ -226,6 +237,7 @@ def _roll_back(ctx: Context, incident: Incident, actions: Actions, margin_steps:
         state.branch += 1  # after a training rollback the RNG takes another branch; exact only for hardware faults
     names = [commit.id for commit in candidates]
     recovery = Recovery(kind="restart", incident=incident.id, candidates=names, reanchor=True, because=incident.why)
+    state.undelivered = recovery
     _leave_for(ctx, recovery)
 
 
@@ -317,6 +329,20 @@ def on_evaluation(ctx: Context, command: int, loss: float) -> None:
         if not confirmed:
             incident.outcome = "refuted"
     respond(ctx, incident)
+
+
+def expire_evaluations(ctx: Context) -> None:
+    """A trainer that does not evaluate when asked confirms by its silence: the damage grows while nobody answers."""
+    state = ctx.state
+    for command, number in list(state.evaluations.items()):
+        incident = state.incident(number)
+        if incident is None or state.step - incident.detected_step <= ctx.policy.detect.recover_steps_max:
+            continue
+        del state.evaluations[command]
+        if incident.state == "evaluating" and state.pending is None:
+            incident.validation = "assumed"
+            incident.why += "; the evaluation that was asked for never came: counts as confirmed"
+            respond(ctx, incident)
 
 
 def _title(incident: Incident) -> str:

@@ -72,7 +72,9 @@ class Incident(_Mutable):
     decision: list[str] = Field(default_factory=list)
     why: str
     state: Literal["suspected", "evaluating", "diagnosing", "recovering", "open", "closed", "dismissed"] = "suspected"
-    outcome: Literal["", "came_back", "worked", "relapsed", "notice", "halted", "refuted"] = ""
+    outcome: Literal[
+        "", "came_back", "worked", "relapsed", "notice", "halted", "refuted", "superseded", "not_recovered"
+    ] = ""
     evidence: Evidence = Field(default_factory=dict)
     shards: list[int] = Field(default_factory=list)
     cause: str | None = None
@@ -176,6 +178,9 @@ class EngineState(_Mutable):
     incidents: list[Incident] = Field(default_factory=list)
     ladders: dict[str, LadderPlace] = Field(default_factory=dict)
     pending: Recovery | None = None
+    undelivered: Recovery | None = Field(default=None, description="a rollback whose state has not been loaded yet")
+    reanchoring: bool = Field(default=False, description="the attempt's plan re-anchors what began later")
+    never_back_from: int | None = Field(default=None, description="onset of a damage that nobody has undone")
     replay: DiagnosisByReplay | None = None
     evaluations: dict[int, int] = Field(default_factory=dict, description="command id -> incident id")
     evals: list[tuple[int, float]] = Field(default_factory=list, description="(step, loss) of the lineage, newest last")

@@ -190,9 +190,9 @@ def spawn(spec: SpawnSpec) -> Child:
             pass_fds=(lock_fd, release_read),
             start_new_session=True,  # with pass_fds and without preexec_fn: no fork of our memory
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name or value that no environment can hold
         os.close(release_write)
-        raise SpawnError(spec.argv()[0], error.strerror or str(error)) from error
+        raise SpawnError(spec.argv()[0], str(error)) from error
     finally:
         for descriptor in (lock_fd, release_read, output):
             os.close(descriptor)

@@ -89,7 +89,7 @@ def is_held(path: Path) -> bool:
     """Whether anybody has the lock now. Asks for a shared one, by which `holders` knows an onlooker."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

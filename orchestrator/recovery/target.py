@@ -26,7 +26,7 @@ def process_candidates(commits: Iterable[Commit], tainted_from_step: int | None)
     """
     eligible = [c for c in commits if c.standing != "bad" and not c.tainted]
     if tainted_from_step is not None:
-        eligible = [c for c in eligible if _is_good(c) and c.step < tainted_from_step]
+        eligible = [c for c in eligible if _is_good(c) and c.step < max(1, tainted_from_step)]
     return _newest_first(eligible)
 
 

@@ -17,12 +17,22 @@ from tests.monitors.curves import classes, climb, eval_record, healthy, records,
 )  # fmt: skip
 def test_a_climb_is_one_slow_divergence(seed: int, noise: float, begin: int, slope: float) -> None:
     """One incident, whose onset is dated back to where the loss was lowest."""
-    found = watch(Diagnosis(), records(climb(healthy(seed, noise=noise), begin, slope), range(1, 1400)))
+    found = watch(Diagnosis(), records(climb(healthy(seed, noise=noise), begin, slope), range(1, begin + 450)))
 
     assert classes(found) == [IncidentClass.SLOW_DIVERGENCE]
     verdict = next(finding for finding in found if finding.kind == "classified")
     assert begin - 250 <= verdict.onset_step <= begin + 150
     assert verdict.step - begin < 400
+
+
+def test_a_climb_that_goes_on_is_told_again() -> None:
+    """What was done about it did not help: a new incident, whose onset is that of the first."""
+    found = settled(watch(Diagnosis(), records(climb(healthy(1), 600, 0.002), range(1, 1500))))
+
+    first, second = list(found.values())[:2]
+    assert [first.cls, second.cls] == [IncidentClass.SLOW_DIVERGENCE] * 2
+    assert second.onset_step == first.onset_step
+    assert second.step - first.step < 600
 
 
 def test_it_is_over_when_the_loss_falls_again() -> None:

@@ -136,13 +136,26 @@ def test_what_may_change_when_a_run_goes_on(tmp_path: Path, assignment: str, fro
         assert check_changes(again) == [assignment.split("=")[0]]
 
 
-def test_nothing_has_changed_in_a_new_or_equal_run(tmp_path: Path) -> None:
-    """A first launch and the same launch again find no change."""
+def test_nothing_has_changed_in_an_equal_run(tmp_path: Path) -> None:
+    """The same launch again finds no change."""
     run = resolve(_run_yaml(tmp_path))
+    write_resolved(run)
 
     assert check_changes(run) == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_lost_configuration_opens_no_frozen_key(tmp_path: Path, damage: str) -> None:
+    """Without knowing what it was nothing can be said to be unchanged."""
+    run = resolve(_run_yaml(tmp_path))
     write_resolved(run)
-    assert check_changes(run) == []
+    if damage == "missing":
+        run.paths.run_yaml.unlink()
+    else:
+        run.paths.run_yaml.write_bytes(run.paths.run_yaml.read_bytes()[:50])
+
+    with pytest.raises(ConfigError, match="not known what has changed"):
+        check_changes(run)
 
 
 def test_digests_follow_the_content(tmp_path: Path) -> None:

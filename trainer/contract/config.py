@@ -153,7 +153,7 @@ class PlannedChange(Section):
 class LaunchConfig(Section):
     """How the trainer is started. `command` replaces our own trainer by one that speaks the same contract."""
 
-    command: tuple[str, ...] | None = None
+    command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     env: dict[str, SecretStr] = Field(default_factory=dict)
     threads: int | None = Field(None, ge=1, description="CPU threads of the trainer; None: all cores")
 
@@ -196,8 +196,8 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     run_dir: str | None = Field(None, description="default: runs/NAME beside this file")
     policy: str | None = Field(None, description="path of a policy file; default: the shipped one")
-    seed: int = 1337
-    steps: int = Field(ge=1, description="planned number of updates")
+    seed: int = Field(1337, ge=0, lt=2**63)
+    steps: int = Field(ge=1, lt=2**53, description="planned number of updates")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False

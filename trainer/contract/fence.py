@@ -107,7 +107,8 @@ def read_fence(store: Store, epoch: int) -> Fence:
     try:
         return Fence.model_validate_json(store.read(fence_key(epoch)))
     except ValidationError as error:
-        raise FenceError(f"the fence of epoch {epoch} is damaged: {error}; claim the next epoch") from error
+        why = f"{store.url}: {fence_key(epoch)} is damaged"
+        raise FenceError(f"{why}; remove that object by hand (checkpoints are not touched by that)") from error
 
 
 def commits_present(store: Store) -> tuple[str, ...]:

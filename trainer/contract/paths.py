@@ -26,6 +26,11 @@ class RunPaths:
         return self.root / "policy.yaml"
 
     @property
+    def data_digest(self) -> Path:
+        """Digest of the training data's manifest at the first launch; positions in the data refer to it."""
+        return self.root / "data-digest"
+
+    @property
     def lock(self) -> Path:
         """flock of the one supervisor."""
         return self.root / "lock"
