@@ -10,20 +10,24 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from orchestrator.config import ResolvedRun, check_changes, write_resolved
+from orchestrator.config import ResolvedRun, check_changes, read_policy, write_resolved
 from orchestrator.documents import ConfigError, Problem
 from orchestrator.errors import JournalMissingError, OrchestratorError, RunHeldError
 from orchestrator.facts import facts_of
-from orchestrator.journal import Journal
+from orchestrator.journal import Batch, Journal
 from orchestrator.logs import log_to
 from orchestrator.policy.decisions import EndRun
 from orchestrator.policy.engine import Engine
+from orchestrator.policy.model import Policy
+from orchestrator.policy.shipped import in_force
 from orchestrator.policy.state import Incident, RunStatus
 from orchestrator.preflight import preflight
 from orchestrator.process.filesystem import refuse_network_filesystem
-from orchestrator.process.lock import is_held, read_holder
+from orchestrator.process.lock import RunLock, is_held, read_holder
 from orchestrator.supervisor import Setup, Supervisor, Update
+from orchestrator.takeover import open_engine
 from trainer.contract import fence
+from trainer.contract.config import RunConfig
 from trainer.contract.paths import RunPaths
 from trainer.contract.store import Store, StoreError, open_store
 
@@ -178,6 +182,7 @@ def supervise(launch: Launch, on_update: OnUpdate) -> int:
         set_aside(run.paths)
     run.paths.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     refuse_network_filesystem(run.paths.root)
+    fold_under_old_rules(run)
     write_resolved(run)
     if launch.data_digest is not None:
         run.paths.data_digest.write_text(launch.data_digest)
@@ -187,14 +192,8 @@ def supervise(launch: Launch, on_update: OnUpdate) -> int:
     engines: list[Engine] = []
 
     def make_engine(snapshot: bytes | None) -> Engine:
-        facts = facts_of(run.config)
-        if snapshot is None:
-            engine = Engine(run.policy, facts)
-            engine.state.epoch = _first_epoch(run.paths)
-        else:
-            engine = Engine.restore(run.policy, facts, snapshot)
-        engines.append(engine)
-        return engine
+        engines.append(_engine(run.policy, run.config, run.paths, snapshot))
+        return engines[-1]
 
     setup = Setup(
         paths=run.paths,
@@ -207,6 +206,33 @@ def supervise(launch: Launch, on_update: OnUpdate) -> int:
         resume_because=launch.resume_because,
     )
     return Supervisor(setup, make_engine, lambda update: on_update(update, engines[-1].incidents())).run()
+
+
+def _engine(policy: Policy, config: RunConfig, paths: RunPaths, snapshot: bytes | None) -> Engine:
+    if snapshot is not None:
+        return Engine.restore(policy, facts_of(config), snapshot)
+    engine = Engine(policy, facts_of(config))
+    engine.state.epoch = _first_epoch(paths)
+    return engine
+
+
+def fold_under_old_rules(run: ResolvedRun) -> None:
+    """Before configuration or policy change: fold the journal's tail by those under which it was written.
+
+    After the death of a supervisor the newest snapshot is older than the newest events, and what was decided on them
+    was decided by the old rules; other ones would come to a state that never was.
+    """
+    paths = run.paths
+    try:
+        config_json, policy_text = paths.run_yaml.read_bytes(), paths.policy_yaml.read_text()
+    except FileNotFoundError:
+        return
+    if not paths.database.exists() or (config_json, policy_text) == (run.config_json, run.policy_text):
+        return
+    policy, config = in_force(read_policy(paths.policy_yaml)), RunConfig.model_validate_json(config_json)
+    with RunLock(paths.lock), closing(Journal.open(paths.database)) as journal:
+        core, _ = open_engine(journal, lambda snapshot: _engine(policy, config, paths, snapshot))
+        journal.commit(Batch(snapshot=core.snapshot()))
 
 
 def set_aside(paths: RunPaths) -> Path | None:

@@ -33,6 +33,7 @@ class Attempt:
     def __init__(self, paths: RunPaths, number: int) -> None:
         self._paths = paths
         self._number = number
+        self._parent_pid = os.getppid()
         self._step = 0
         with contextlib.ExitStack() as stack:
             self._liveness = stack.enter_context(LivenessWriter(paths.liveness(number)))
@@ -70,7 +71,7 @@ class Attempt:
         from trainer.setup import Workplace, build
 
         self._liveness.enter(Phase.LOAD)
-        at = Workplace(config, plan, self._paths, self._reporter, self._liveness, self._stop)
+        at = Workplace(config, plan, self._paths, self._reporter, self._liveness, self._stop, self._parent_pid)
         loop = Loop(at, build(at))
         try:
             return loop.run()

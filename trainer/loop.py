@@ -71,7 +71,7 @@ class Loop:
         self._progress = machinery.start.progress
         self._overlays = machinery.plan.overlays
         self._commands = CommandReader(at.paths.commands(machinery.plan.attempt))
-        self._orphan = OrphanWatch(at.reporter, at.config.deadlines.orphan_s)
+        self._orphan = OrphanWatch(at.reporter, at.config.deadlines.orphan_s, at.parent_pid)
         self._probe = ProbeBatch(machinery.stream.manifest.vocab_size, at.config.batch.sequence_tokens)
         loaded_step = None if machinery.start.loaded is None else self._progress.step
         self._saver = Saver(machinery.writer, machinery.store, at.reporter, machinery.faults, loaded_step)

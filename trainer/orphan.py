@@ -13,10 +13,11 @@ from trainer.reporter import Reporter
 class OrphanWatch:
     """Looks at parent and socket, at the price of one system call."""
 
-    def __init__(self, reporter: Reporter, patience_s: float) -> None:
+    def __init__(self, reporter: Reporter, patience_s: float, parent_pid: int) -> None:
+        """`parent_pid`: who spawned this process, asked before the seconds of imports in which it may die."""
         self._reporter = reporter
         self._patience_s = patience_s
-        self._parent_pid = os.getppid()
+        self._parent_pid = parent_pid
 
     def is_orphan(self) -> bool:
         """Whether there has been no supervisor for the bounded time."""

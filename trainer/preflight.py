@@ -24,6 +24,7 @@ from trainer.data.manifest import DataManifest, Place, load_manifest, verify
 
 _MAX_CONFIG_BYTES = 1 << 20
 _STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in fp32
+_SPACED_STEPS = (100, 300, 1_000, 3_000, 10_000)  # one good checkpoint about so far back is kept
 _LOCAL = ("", "file", "local")
 
 
@@ -133,13 +134,16 @@ def disk_problems(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Prob
     if not os.access(existing, os.W_OK | os.X_OK):
         return [Problem("disk", f"{existing} is not writable", "change its owner, or set run_dir to another place")]
     one = _STATE_BYTES * parameters_of(config)
-    needed = {existing: one}  # each save passes through the run directory
+    spaced = sum(steps < config.steps for steps in _SPACED_STEPS)
+    needed = {existing.stat().st_dev: (existing, one)}  # each save passes through the run directory
     protocol, _, rest = config.store.url.rpartition("://")
     if protocol in _LOCAL:
-        store_dir = _nearest_existing(base_dir / rest)
-        needed[store_dir] = needed.get(store_dir, 0) + one * (config.checkpoint.keep_good + 1)
+        place = _nearest_existing(base_dir / rest)
+        _, before = needed.get(place.stat().st_dev, (place, 0))
+        # beside the good ones: those at spaced distances, step 0, the newest, and the one that is being saved
+        needed[place.stat().st_dev] = (place, before + one * (config.checkpoint.keep_good + spaced + 3))
     problems = []
-    for place, num_bytes in needed.items():
+    for place, num_bytes in needed.values():
         free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
         if free < num_bytes:
             what = f"{place} has {free / 1e9:.2f} GB free, checkpoints need about {num_bytes / 1e9:.2f} GB"

@@ -46,6 +46,7 @@ class Workplace:
     reporter: Reporter
     liveness: LivenessWriter
     stop: StopFlag
+    parent_pid: int
 
 
 @dataclass(frozen=True, slots=True)

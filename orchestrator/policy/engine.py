@@ -87,7 +87,7 @@ class Engine:
                     command = CheckpointNow(id=ctx.next_command())
                     ctx.decide(SendCommand(attempt=self.state.attempt, command=command))
             case Ticked():
-                self._tick(ctx)
+                self._overdue(ctx)
             case _:
                 assert_never(event)
         return ctx.decisions
@@ -132,6 +132,7 @@ class Engine:
                     return
                 health.on_step(ctx, record)
                 expire_evaluations(ctx)
+                self._overdue(ctx)
             case StartedRecord():
                 if replaying and state.replay is not None:
                     state.replay.runs.append({})
@@ -208,7 +209,7 @@ class Engine:
         ctx.notify("info", "resumed by a person", event.because)
         self._restart(ctx, f"resumed by a person: {event.because}")
 
-    def _tick(self, ctx: Context) -> None:
+    def _overdue(self, ctx: Context) -> None:
         state, facts = self.state, self.facts
         if state.phase != "running" or not state.commits or facts.trace:
             return

@@ -27,7 +27,8 @@ def _discarded(ctx: Context, incident: Incident, actions: Actions) -> str | None
         return None
     targets = training_candidates(ctx.state.commits, incident.onset_step, actions.roll_back.margin_steps)
     steps = ctx.state.discarded_steps + (ctx.state.step - targets[0].step if targets else 0)
-    limit = ctx.policy.guards.max_discarded_share * ctx.facts.total_steps
+    guards = ctx.policy.guards
+    limit = max(guards.max_discarded_share * ctx.facts.total_steps, guards.always_discarded_steps)
     return f"{steps} discarded steps would be more than the limit of {limit:.0f}" if steps > limit else None
 
 
@@ -35,7 +36,9 @@ def _skipped(ctx: Context, actions: Actions) -> str | None:
     if actions.skip_data is None:
         return None
     samples = sum(skip.end - skip.begin for skip in ctx.state.skips) + actions.skip_data * ctx.facts.batch_samples
-    limit = ctx.policy.guards.max_skipped_share * ctx.facts.total_steps * ctx.facts.batch_samples
+    guards = ctx.policy.guards
+    batches = max(guards.max_skipped_share * ctx.facts.total_steps, guards.always_skipped_batches)
+    limit = batches * ctx.facts.batch_samples
     return f"{samples} skipped samples would be more than the limit of {limit:.0f}" if samples > limit else None
 
 

@@ -240,6 +240,8 @@ class Guards(Section):
     lower_lr_floor: float = Field(default=0.2, ge=0, le=1, description="no lower_lr below this share of the peak")
     max_skipped_share: float = Field(default=0.02, gt=0, le=1, description="of the planned samples")
     max_discarded_share: float = Field(default=0.05, gt=0, le=1, description="of the planned steps")
+    always_skipped_batches: int = Field(default=2000, ge=0, description="but so many always: short plans, one ladder")
+    always_discarded_steps: int = Field(default=3000, ge=0, description="but so many always")
     max_quarantined_share: float = Field(default=0.005, gt=0, le=1, description="of all samples")
     validation_tolerance: float = Field(default=0.02, ge=0, description="nats above expectation that confirm")
     relapse_steps: int = Field(default=2000, ge=0, description="a new incident before overlay end plus this")

@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -186,8 +185,3 @@ def output_tail(path: Path) -> str:
             return file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def table_as_rows() -> list[dict[str, Any]]:
-    """The table for the documentation and `explain`: cause and source, in order."""
-    return [{"cause": row.cause, "source": row.source} for row in TABLE]

@@ -95,7 +95,7 @@ def test_without_a_fence_nothing_counts(store: Store) -> None:
 def test_a_damaged_fence_is_an_error(store: Store) -> None:
     """A fence that cannot be read is never taken for an empty one."""
     store.create(fence.fence_key(1), b'{"version": 1')
-    with pytest.raises(FenceError, match="e1.json is damaged"):
+    with pytest.raises(FenceError, match=r"e1\.json is damaged"):
         fence.lineage(store)
 
 

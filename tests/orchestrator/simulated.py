@@ -53,6 +53,7 @@ class World:
     loss: Loss = healthy
     dies_at: dict[tuple[int, int], str] = field(default_factory=dict, metadata={"what": "(attempt, step) -> cause"})
     lr_error: Callable[["World", int], float] = lambda world, step: 1.0
+    dies_loading: set[int] = field(default_factory=set, metadata={"what": "attempts that die before they have loaded"})
     lag_steps: int = 0  # a trainer that is told to leave is in the middle of some more steps
     validation: Callable[["World", int], float] = lambda world, step: 2.0 + 3.0 / (1 + step / 40)
 
@@ -201,6 +202,10 @@ class World:
 
     def _attempt(self) -> None:
         assert self.plan is not None
+        if self.plan.attempt in self.dies_loading:
+            self.feed(AttemptSpawned(at_s=self.at_s, attempt=self.plan.attempt, pid=1))
+            self.exit("cuda_oom")
+            return
         self.load()
         plan_attempt = self.plan.attempt
         last = self.plan.replay.to_step if self.plan.replay else self.facts.total_steps

@@ -7,7 +7,7 @@ class CheckpointError(Exception):
     def __init__(self, commit: str, why: str) -> None:
         self.commit = commit
         self.why = why
-        super().__init__(f"checkpoint {commit} cannot be used: {why}; an older one may")
+        super().__init__(f"checkpoint {commit} cannot be used: {why}; an older one may do")
 
 
 class NonFiniteStateError(Exception):

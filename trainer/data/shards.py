@@ -216,6 +216,9 @@ def _groups(found: Iterator[tuple[Piece, int]]) -> Iterator[list[tuple[Piece, in
         yield group
 
 
+_OPTION = {"train": "out", "validation": "validation-out"}
+
+
 def _finished(job: Job) -> dict[str, DataManifest] | None:
     """The manifests of an output that holds just this already; None if there is something left to do."""
     outs = {"train": job.out} | ({"validation": job.validation_out} if job.validation_out is not None else {})
@@ -226,7 +229,7 @@ def _finished(job: Job) -> dict[str, DataManifest] | None:
             manifest = _manifest_of(out)
             if manifest.prepared_from != job.digest:
                 what = f"{out.url}: holds shards of other sources or options already"
-                raise PrepareError(what, "choose another --out, or remove it")
+                raise PrepareError(what, f"choose another --{_OPTION[name]}, or remove it")
             found[name] = manifest
         elif strangers := [n for n in names if n != UNFINISHED_NAME and not n.startswith(f"{name}-")]:
             what = f"{out.url}: holds other files already, such as {strangers[0]}"
