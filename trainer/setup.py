@@ -186,7 +186,7 @@ def open_stream(config: RunConfig, plan: ResumePlan, position: int) -> DataStrea
         skips=plan.skips,
         quarantines=plan.quarantines,
         position=position,
-        planned_samples=config.steps * config.batch.sequences,
+        planned_samples=plan.deferred_from,
     )
 
 

@@ -15,6 +15,7 @@ from orchestrator.policy.state import Incident, Recovery
 from orchestrator.recovery.target import process_candidates
 from trainer.contract.plan import ReplaySpec, ResumePlan
 
+_IDLE_MOST_S = 300.0
 _GRACEFUL = ("preempted", "orphaned", "left")
 
 
@@ -24,7 +25,7 @@ def start(ctx: Context, recovery: Recovery, wait_s: float = 0.0) -> None:
     state = ctx.state
     state.attempt += 1
     state.epoch += 1
-    state.alive, state.spawned = True, False
+    state.alive, state.spawned, state.stepped = True, False, False
     state.reanchoring = recovery.reanchor
     state.phase = "starting" if recovery.incident is None else "recovering"
     plan = ResumePlan(
@@ -36,6 +37,7 @@ def start(ctx: Context, recovery: Recovery, wait_s: float = 0.0) -> None:
         branch=state.branch,
         reanchor=recovery.reanchor,
         skips=tuple(state.skips),
+        deferred_from=state.deferred_from,
         quarantines=tuple(state.quarantines),
         overlays=tuple(state.overlays),
         incident=recovery.incident,
@@ -153,6 +155,9 @@ def _answer(ctx: Context, event: AttemptExited) -> None:
         if not _may_restart(ctx, incident):
             return
     wait_s = 0.0 if free or rule is None else backoff_s(rule.backoff, state.attempts_without_progress, _fraction(ctx))
+    if free:  # as often as it likes, but not in a circle
+        state.idle_departures = 0 if state.stepped else state.idle_departures + 1
+        wait_s = min(_IDLE_MOST_S, 2.0**state.idle_departures - 1.0)
     restart(ctx, incident, wait_s, skip_newest=actions.widen_rollback is not None)
 
 

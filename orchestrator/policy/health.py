@@ -14,7 +14,7 @@ _HISTORY_ROWS = 4096  # covers the widest rollback of the shipped policy (2,000 
 def on_step(ctx: Context, record: StepRecord) -> None:
     """Keep the position and promote what has proven itself."""
     state = ctx.state
-    state.phase = "running" if state.pending is None else state.phase
+    state.phase, state.stepped = "running" if state.pending is None else state.phase, True
     state.step, state.position = record.step, record.data.end if record.data is not None else state.position
     state.tokens += record.tokens or 0
     state.highest_step = max(state.highest_step, record.step)

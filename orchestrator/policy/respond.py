@@ -246,6 +246,8 @@ def _skip(ctx: Context, incident: Incident, target: Commit, batches: int, margin
     first = max(target.step, incident.onset_step - max(margin_steps, 1))
     begin, end = ctx.position_at(first), ctx.position_at(first + batches)
     if end > begin:
+        if ctx.state.deferred_from is None:  # for good: later changes of steps or batch size move nothing
+            ctx.state.deferred_from = ctx.facts.total_steps * ctx.facts.batch_samples
         ctx.state.skips.append(SkipRange(begin=begin, end=end, incident=incident.id))
         incident.cost.skipped_samples = end - begin
 

@@ -172,6 +172,7 @@ class EngineState(_Mutable):
     shard_samples: list[int] = Field(default_factory=list)
     commits: list[Commit] = Field(default_factory=list)
     abandoned: list[str] = Field(default_factory=list, description="commits of branches that were rolled back")
+    deferred_from: int | None = Field(default=None, description="end of the plan when a skip was first decided")
     skips: list[SkipRange] = Field(default_factory=list)
     quarantines: list[Quarantine] = Field(default_factory=list)
     overlays: list[Overlay] = Field(default_factory=list)
@@ -179,6 +180,7 @@ class EngineState(_Mutable):
     ladders: dict[str, LadderPlace] = Field(default_factory=dict)
     pending: Recovery | None = None
     undelivered: Recovery | None = Field(default=None, description="a rollback whose state has not been loaded yet")
+    stepped: bool = Field(default=False, description="the attempt has done a step")
     reanchoring: bool = Field(default=False, description="the attempt's plan re-anchors what began later")
     never_back_from: int | None = Field(default=None, description="onset of a damage that nobody has undone")
     replay: DiagnosisByReplay | None = None
@@ -187,6 +189,7 @@ class EngineState(_Mutable):
     history: list[HistoryRow] = Field(default_factory=list, description="the newest surviving steps")
     next_command: int = 1
     attempts_without_progress: int = 0
+    idle_departures: int = Field(default=0, description="attempts in a row that left by themselves without one step")
     restarts_at_s: list[float] = Field(default_factory=list)
     rollbacks_used: int = 0
     rollback_onset_step: int = 0

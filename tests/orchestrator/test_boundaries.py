@@ -208,3 +208,17 @@ def test_the_tail_is_folded_by_the_rules_under_which_it_was_written(tmp_path: Pa
     assert isinstance(events[0], RunOpened)
     assert seq == len(events)
     assert snapshot == engine.snapshot()
+
+
+def test_departures_without_a_step_do_not_go_in_circles() -> None:
+    """A trainer that always says it was preempted spends no budget, but is waited for longer and longer."""
+    world = World()
+    world.open()
+    waits: list[float] = []
+    for _ in range(12):
+        before = world.at_s
+        world.exit("preempted")
+        waits.append(world.at_s - before)
+
+    assert waits[:4] == [1.0, 3.0, 7.0, 15.0]
+    assert max(waits) == 300.0

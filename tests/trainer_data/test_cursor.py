@@ -108,6 +108,22 @@ def test_deferred_samples_are_read_after_the_planned_end_once(skips: tuple[SkipR
     assert at_end == late
 
 
+@given(skip_plans, batch_sizes)
+def test_an_extended_run_goes_on_where_the_raw_order_was_left(skips: tuple[SkipRange, ...], sizes: list[int]) -> None:
+    """Behind the deferred samples: with more steps than were planned nothing is missing and nothing comes twice."""
+    planned = 300
+    read: list[int] = []
+    position = number = 0
+    while len(read) < 2 * planned:
+        take = _cursor(position, skips, (), planned).take(sizes[number % len(sizes)])
+        position = take.end
+        read += take.sources.tolist()
+        number += 1
+    dropped = {p for s in skips if s.then == "drop" for p in range(s.begin, s.end)}
+    assert len(set(read)) == len(read)
+    assert set(read) | dropped == set(range(max(read) + 1))
+
+
 def test_deferred_samples_of_a_quarantined_shard_stay_out() -> None:
     """A quarantine outlives a deferral."""
     skips = (SkipRange(begin=0, end=10),)  # shards 0 and 1

@@ -102,6 +102,9 @@ class ResumePlan(Contract):
     )
     segments: tuple[Segment, ...] = ()
     skips: tuple[SkipRange, ...] = ()
+    deferred_from: int | None = Field(
+        default=None, description="raw position from which deferred samples are read; fixed by the first skip"
+    )
     quarantines: tuple[Quarantine, ...] = ()
     overlays: tuple[Overlay, ...] = ()
     replay: ReplaySpec | None = None

@@ -2,7 +2,8 @@
 
 Pure. Positions are absolute, so that restarts and changes of batch or world size shift nothing. Nothing that is skipped
 or quarantined is read where it lies. A skip with `then: defer` is read once the run is past its planned end: from
-position `planned` on, the i-th position reads the i-th deferred one, so that a single-epoch run does not run dry.
+position `planned` on, the i-th position reads the i-th deferred one, so that a single-epoch run does not run dry; and
+behind the last of them the raw order goes on where it was left, should the run be extended.
 A skip must begin at or behind the cursor of the moment it is decided: then nothing that was read changes its meaning.
 """
 
@@ -135,7 +136,7 @@ class Cursor:
             return positions
         index = positions - self._planned
         late = (index >= 0) & (index < self._deferred.size)
-        result = positions.copy()
+        result = np.where(index >= self._deferred.size, positions - self._deferred.size, positions)
         result[late] = self._deferred[index[late]]
         return result
 

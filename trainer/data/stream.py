@@ -78,7 +78,7 @@ class DataStream:
         skips: raw ranges that are not read where they lie.
         quarantines: shards that are not read from a position on.
         position: where to begin.
-        planned_samples: samples that the whole run is planned to take; deferred ones are read from there on.
+        planned_samples: raw position from which deferred samples are read; None: there are none.
 
     Raises:
         DataError: the data is not there, not whole, or not what the plan's segments were made for.
