@@ -33,7 +33,7 @@ from orchestrator.policy.decisions import (
 from orchestrator.policy.events import AttemptSpawned, Event
 from orchestrator.process.attempt import Attempt
 from orchestrator.process.child import SpawnSpec, oom_kills, spawn
-from orchestrator.recovery.prune import prune
+from orchestrator.recovery.prune import prune, sweep
 from orchestrator.store_work import Finished, StoreWorker
 from trainer.contract import fence
 from trainer.contract.commands import append_command
@@ -130,7 +130,7 @@ class Effects:
             case WriteVerdict():
                 self._write_verdict(stored, decision)
             case PruneCheckpoints():
-                self._store_call(stored.id, decision.kind, lambda: prune(self.tools.store, decision.commits))
+                self._store_call(stored.id, decision.kind, lambda: _tidy(self.tools.store, decision))
             case Notify():
                 self._notify(stored, decision)
             case CaptureEvidence():
@@ -305,6 +305,12 @@ class Effects:
         starting = self._starting
         if starting is not None and starting.id == decision and isinstance(starting.decision, StartAttempt):
             self._spawn(starting, starting.decision.plan)
+
+
+def _tidy(store: Store, decision: PruneCheckpoints) -> None:
+    prune(store, decision.commits)
+    if decision.epoch:
+        sweep(store, decision.epoch)
 
 
 def _epoch_of(stored: StoredDecision | None) -> int:

@@ -57,6 +57,7 @@ class PruneCheckpoints(_Decision):
 
     kind: Literal["prune_checkpoints"] = "prune_checkpoints"
     commits: tuple[str, ...]
+    epoch: int = Field(default=0, description="of the attempt that runs; data of earlier ones without a manifest goes")
 
 
 class Notify(_Decision):

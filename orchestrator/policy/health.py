@@ -75,7 +75,7 @@ def _prune(ctx: Context) -> None:
         doomed, state.abandoned = doomed + state.abandoned, []
     if doomed:
         state.commits = [commit for commit in state.commits if commit.id not in doomed]
-        ctx.decide(PruneCheckpoints(commits=tuple(doomed)))
+        ctx.decide(PruneCheckpoints(commits=tuple(doomed), epoch=state.epoch))
 
 
 def _as_checkpoint(commit: Commit) -> Checkpoint:
