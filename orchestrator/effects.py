@@ -6,6 +6,7 @@ wait is given to a timer; nothing here waits. A failing store never ends the run
 """
 
 import hashlib
+import json
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ import structlog
 from monitors.metrics import Metrics
 from orchestrator.errors import RunSupersededError
 from orchestrator.evidence import capture
+from orchestrator.hooks import Hooks
 from orchestrator.journal import Journal, Outcome, Spawned, StoredDecision
 from orchestrator.policy.decisions import (
     CaptureEvidence,
@@ -91,6 +93,7 @@ class Effects:
     def __init__(self, tools: Tools) -> None:
         self.tools = tools
         self.timers = Timers()
+        self.hooks = Hooks()
         self.attempt: Attempt | None = None
         self.end: EndRun | None = None
         self._end_id: int | None = None
@@ -229,6 +232,15 @@ class Effects:
         level("notification", title=decision.title, text=decision.text, incident=decision.incident)
         self.tools.journal.notify(stored, time.time(), decision.level, decision.title, decision.text)
         self.tools.metrics.count("notifications_total", decision.level)
+        if decision.command:
+            told = decision.model_dump(include={"level", "title", "text", "incident"})
+            message = {
+                "run": self.tools.config.name,
+                "run_dir": str(self.tools.paths.root),
+                "at_s": time.time(),
+                **told,
+            }
+            self.hooks.start(decision.command, json.dumps(message).encode(), decision.timeout_s)
         self.settle(stored.id)
 
     def _capture(self, stored: StoredDecision, decision: CaptureEvidence) -> None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 
 import structlog
 
-from monitors.exporter import Exporter
+from monitors.exporter import Exporter, ExporterError
 from monitors.metrics import Metrics
 from orchestrator.control import Server
 from orchestrator.core import MakeCore, Setup, Update
@@ -34,7 +34,7 @@ from orchestrator.policy.events import (
 from orchestrator.process.attempt import Attempt, Departure
 from orchestrator.process.child import become_subreaper, reap_orphans
 from orchestrator.process.inbox import Bell, Inbox
-from orchestrator.process.lock import RunLock
+from orchestrator.process.lock import RunLock, is_held
 from orchestrator.store_work import StoreWorker
 from orchestrator.takeover import open_engine, take_over
 from orchestrator.telemetry import Telemetry
@@ -83,8 +83,7 @@ class Supervisor:
         self._journal = stack.enter_context(closing(Journal.open(paths.database)))
         metrics = Metrics(setup.config.name, setup.config_digest[:12], setup.code_version)
         if setup.config.metrics.port is not None:
-            exporter = Exporter(metrics.registry, setup.config.metrics.host, setup.config.metrics.port)
-            self._metrics_url = stack.enter_context(exporter).url
+            self._metrics_url = self._serve(stack, metrics)
         self._core, totals = open_engine(self._journal, self._make_core)
         self._telemetry = Telemetry(metrics)
         self._telemetry.restore(totals, self._core.incidents(), self._core.status().step)
@@ -104,6 +103,17 @@ class Supervisor:
         self._journal.commit(Batch(meta={"nonce": nonce, "metrics_url": self._metrics_url or ""}))
         self._effects = Effects(tools)
         stack.callback(self._let_go)
+
+    def _serve(self, stack: ExitStack, metrics: Metrics) -> str | None:
+        """The metrics' URL. A trainer that lives is rather supervised without metrics than not at all."""
+        host, port = self._setup.config.metrics.host, self._setup.config.metrics.port
+        try:
+            return stack.enter_context(Exporter(metrics.registry, host, port or 0)).url
+        except ExporterError as error:
+            if not is_held(self._setup.paths.child_lock):
+                raise
+            _LOG.error("metrics_not_served", error=str(error))
+            return None
 
     def _begin(self) -> None:
         """Take over what the last supervisor left, then tell the engine that the run is open."""
@@ -277,7 +287,8 @@ class Supervisor:
 
     def _unfinished(self) -> bool:
         due_s = self._effects.timers.due_s()
-        return self._worker.outstanding > 0 or (due_s is not None and due_s <= time.monotonic() + _SOON_S)
+        working = self._worker.outstanding + self._effects.hooks.outstanding
+        return working > 0 or (due_s is not None and due_s <= time.monotonic() + _SOON_S)
 
     def _let_go(self) -> None:
         """Whatever ends this supervisor, the trainer is left alone: the next one takes it over."""

@@ -9,6 +9,8 @@ from orchestrator.policy.state import EngineState, Incident, RunFacts
 from trainer.contract.commands import ApplyPlan
 from trainer.contract.plan import PlanUpdate
 
+_LEVELS = ("info", "warning", "page")
+
 
 @dataclass(slots=True)
 class Context:
@@ -30,7 +32,10 @@ class Context:
 
     def notify(self, level: str, title: str, text: str, incident: int | None = None) -> None:
         """Tell people; `level` is info, warning or page."""
-        self.decide(Notify.model_validate({"level": level, "title": title, "text": text, "incident": incident}))
+        settings = self.policy.notify
+        told = settings.command and not self.facts.trace and _LEVELS.index(level) >= _LEVELS.index(settings.level)
+        fields = {"level": level, "title": title, "text": text, "incident": incident, "timeout_s": settings.timeout}
+        self.decide(Notify.model_validate({**fields, "command": settings.command if told else ()}))
 
     def next_command(self) -> int:
         """A fresh command id."""

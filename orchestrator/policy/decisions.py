@@ -67,6 +67,8 @@ class Notify(_Decision):
     level: Literal["info", "warning", "page"]
     title: str
     text: str
+    command: tuple[str, ...] = Field(default=(), description="the user's own, run with the message as JSON on stdin")
+    timeout_s: float = 30.0
 
 
 class CaptureEvidence(_Decision):

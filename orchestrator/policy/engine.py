@@ -249,6 +249,7 @@ class Engine:
             open_incidents=sum(incident.is_open for incident in state.incidents),
             incidents=len(state.incidents),
             lr_factor=overlay_factor(tuple(state.overlays), state.step + 1),
+            mode=self.policy.mode,
             quarantined_shards=[self._shard_name(q.shard) for q in state.quarantines],
         )
 

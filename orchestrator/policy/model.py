@@ -255,6 +255,16 @@ class NoProgress(Section):
     do: tuple[Literal["widen_rollback", "halt"], ...] = ("widen_rollback", "halt")
 
 
+class NotifyHook(Section):
+    """A command of your own that is told what people should know: one JSON object on its standard input."""
+
+    command: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, description="program and arguments, no shell; no secrets: arguments can be read by others"
+    )
+    level: Literal["info", "warning", "page"] = Field(default="warning", description="the lowest that is told")
+    timeout: DurationS = Field(default=30.0, description="after which the command is killed")
+
+
 class Policy(Section):
     """policy.yaml as a whole."""
 
@@ -265,6 +275,7 @@ class Policy(Section):
     guards: Guards = Guards()
     rules: tuple[Rule, ...] = ()
     on_no_progress: NoProgress = NoProgress()
+    notify: NotifyHook = NotifyHook()
 
     def with_fallback(self, shipped: "Policy") -> "Policy":
         """This policy with the shipped rules behind its own, so that every class has an answer."""

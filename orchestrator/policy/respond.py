@@ -150,6 +150,7 @@ def _without_futile_lr_cut(ctx: Context, incident: Incident, actions: Actions) -
 
 def _note_decision(ctx: Context, incident: Incident, actions: Actions) -> None:
     incident.decision = [*incident.decision, *(str(name) for name in actions.names())]
+    incident.observed = not ctx.enforcing
     hold = actions.lower_lr.hold_steps + actions.lower_lr.ramp_steps if actions.lower_lr else 0
     until = incident.detected_step + hold + ctx.policy.guards.relapse_steps
     previous = ctx.state.ladders.get(_family(incident))

@@ -87,6 +87,7 @@ class Incident(_Mutable):
     resume_step: int | None = Field(default=None, description="where the run had been when it was stopped")
     cost: Cost = Field(default_factory=Cost)
     attempt: int = 0
+    observed: bool = Field(default=False, description="decided in observe mode or in a replay: nothing was touched")
     opened_at_s: float = 0.0
     key: int | None = Field(default=None, description="the diagnosis' key for it")
 
@@ -227,4 +228,5 @@ class RunStatus(BaseModel):
     incidents: int
     lr_factor: float
     quarantined_shards: list[str]
+    mode: Literal["enforce", "observe"] = "enforce"
     because: str = ""

@@ -52,7 +52,7 @@ def _lines(incident: Facts) -> list[Text]:
     lines = [
         title,
         Text(f"   why   {incident['why']}"),
-        Text(f"   did   {', '.join(incident['decision']) or 'nothing'}"),
+        Text(f"   {'would' if incident.get('observed') else 'did  '} {', '.join(incident['decision']) or 'nothing'}"),
     ]
     if incident.get("shards"):
         lines.append(Text(f"   shard {', '.join(str(shard) for shard in incident['shards'])}"))

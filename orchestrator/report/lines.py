@@ -90,7 +90,8 @@ def incident_line(incident: Incident) -> str:
         onset=incident.onset_step,
         detected=incident.detected_step,
         end=incident.end_step,
-        did=",".join(incident.decision) or None,
+        did=None if incident.observed else ",".join(incident.decision) or None,
+        would_do=(",".join(incident.decision) or None) if incident.observed else None,
         outcome=incident.outcome or None,
         why=incident.why,
     )

@@ -14,6 +14,8 @@ def status_lines(facts: Mapping[str, Any]) -> list[Text]:
     """One screen's worth of text. What is not known is left out."""
     state = Text(f"{'state':<12}")
     state.append(str(facts["state"]), style=_STATE_STYLES.get(str(facts["state"]), ""))
+    if facts.get("mode") == "observe":
+        state.append(", observing only")
     if facts.get("because"):
         state.append(f" ({facts['because']})")
     lines = [Text(f"{'run':<12}{facts['run_dir']}"), state]

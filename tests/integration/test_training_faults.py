@@ -1,6 +1,7 @@
 """Every training class of the taxonomy on a real tiny run: fault injected, response asserted, end seen."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,14 @@ def test_persistent_damage_is_not_cured_by_restarting(tmp_path: Path, corpus: Pa
 def test_immediate_nan_halts_with_a_diagnosis(tmp_path: Path, corpus: Path) -> None:
     """Non-finite in the first steps: stop before burning a night."""
     faults = [{"kind": "nan_loss", "steps": [1, 60], "once": False}]
-    run = Run(tmp_path, tiny_config(corpus, steps=60, faults=faults), _policy())
+    hook = ["sh", "-c", f"cat >> {tmp_path / 'told'}"]
+    policy = _policy(notify={"command": hook, "level": "page"})
+    run = Run(tmp_path, tiny_config(corpus, steps=60, faults=faults), policy)
 
     run.launch(expect=3)
 
+    (told,) = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+    assert (told["run"], told["level"], told["title"]) == ("tiny", "page", "immediate_nan at step 1")
     assert run.incident("immediate_nan")["decision"][-1] == "halt"
     assert {row["step"] for row in run.records(1, "commit")} == {0}
 
