@@ -223,7 +223,8 @@ class Diagnosis:
         state = self._state
         if self._spike.state.event is not None or self._drift.is_low():
             return
-        if record.data is not None and self._state.notices.lr_key is None:
+        notices = state.notices
+        if record.data is not None and notices.lr_key is None and not notices.doubted:
             fresh = Recorded(loss=record.loss, begin=record.data.begin, end=record.data.end)
             known = state.recorded.get(record.step)
             if known is None or (known.begin, known.end) != (fresh.begin, fresh.end):

@@ -49,6 +49,7 @@ class NoticeState(BaseModel):
     rerun: dict[int, Recorded] = Field(default_factory=dict)
     rerun_from: int = 0
     differences: list[float] = Field(default_factory=list)
+    doubted: bool = Field(default=False, description="this attempt's losses are not those that were recorded")
 
 
 class NoticeDetector:
@@ -64,6 +65,7 @@ class NoticeDetector:
         state.series, state.seconds_per_token, state.slow_reported = {}, [], False
         state.evals = [row for row in state.evals if row[0] <= step]
         state.lr_key, state.rerun, state.rerun_from, state.differences = None, rerun, step, []
+        state.doubted = False
 
     # -- step records ---------------------------------------------------------------------------------------------
 
@@ -100,7 +102,7 @@ class NoticeDetector:
         limit = settings.discontinuity_share * abs(known.loss)
         if len(state.differences) < 3 or mean <= limit:
             return []
-        state.rerun = {}
+        state.rerun, state.doubted = {}, True
         why = (
             f"re-run on the same data after the resume from step {state.rerun_from}, losses differ by {mean:.4f} "
             f"in the mean of {len(state.differences)} steps, more than {limit:.4f}"

@@ -80,8 +80,15 @@ def decision_line(decision: Decision) -> str | None:
     return None
 
 
-def incident_line(incident: Incident) -> str:
-    """Where an incident stands."""
+def _new(why: str, told: str | None) -> str | None:
+    """What a `why` says beyond what was told: it grows by clauses."""
+    if told is None or not why.startswith(told):
+        return why
+    return why.removeprefix(told).lstrip("; ") or None
+
+
+def incident_line(incident: Incident, *, told: str | None = None) -> str:
+    """Where an incident stands; `told` is the `why` that was said of it before and need not be said again."""
     return line(
         "incident",
         id=incident.id,
@@ -93,7 +100,7 @@ def incident_line(incident: Incident) -> str:
         did=None if incident.observed else ",".join(incident.decision) or None,
         would_do=(",".join(incident.decision) or None) if incident.observed else None,
         outcome=incident.outcome or None,
-        why=incident.why,
+        why=_new(incident.why, told),
     )
 
 

@@ -60,6 +60,7 @@ class PlainDisplay:
         self._next_step_s = clock()
         self._tokens_per_s: float | None = None
         self._incidents: dict[int, str] | None = None
+        self._told: dict[int, str] = {}
 
     def say(self, text: str) -> None:
         """Write a line."""
@@ -89,7 +90,8 @@ class PlainDisplay:
             text = incident_line(incident)
             if self._incidents.get(incident.id) != text:
                 self._incidents[incident.id] = text
-                self._line(text)
+                self._line(incident_line(incident, told=self._told.get(incident.id)))
+                self._told[incident.id] = incident.why
 
     def close(self) -> None:
         """Nothing is held."""

@@ -109,6 +109,19 @@ def test_a_resume_must_give_the_recorded_losses_on_the_same_data() -> None:
     assert _resumed(0.1, shifted=8) == []
 
 
+def test_a_doubted_attempt_is_no_reference_for_the_next() -> None:
+    """It ran beyond what was known before it left; the next one gives the true losses there."""
+    diagnosis = Diagnosis()
+    watch(diagnosis, records(healthy(1), range(1, 256)))
+    diagnosis.rewind(250, expect_same=True)
+    wrong = [step_record(step, healthy(1)(step) + 0.1) for step in range(251, 280)]
+    assert classes(watch(diagnosis, wrong)) == [IncidentClass.LOSS_DISCONTINUITY]
+
+    diagnosis.rewind(250, expect_same=True)
+
+    assert watch(diagnosis, records(healthy(1), range(251, 280))) == []
+
+
 def test_a_re_run_is_not_held_against_steps_that_were_sick() -> None:
     """After a crash in the middle of a divergence, or with another LR, other losses are the hope, not a fault."""
     diverged, other_lr = Diagnosis(), Diagnosis()

@@ -145,7 +145,9 @@ def test_incidents_are_shown_once_and_again_when_they_change() -> None:
     display.refresh(_status(), [_incident(outcome="worked", state="closed")])
 
     rows = output.getvalue().splitlines()
-    assert rows == [incident_line(_incident()), incident_line(_incident(outcome="worked", state="closed"))]
+    closed = _incident(outcome="worked", state="closed")
+    assert rows == [incident_line(_incident()), incident_line(closed, told=_incident().why)]
+    assert "why=" not in rows[1]  # nothing new is said of it
 
 
 def test_incidents_of_earlier_launches_are_not_told_again() -> None:
