@@ -172,9 +172,10 @@ class Run:
             return [dict(row) for row in journal.attempts()]
 
     def records(self, attempt: int, kind: str | None = None) -> list[dict[str, Any]]:
-        """The records an attempt wrote."""
+        """The records an attempt wrote; a line that is being written at the moment is not there yet."""
         path = self.paths.records(attempt)
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
+        rows = [json.loads(line) for line in complete.splitlines()]
         return [row for row in rows if kind is None or row["kind"] == kind]
 
     def surviving_steps(self) -> dict[int, dict[str, Any]]:

@@ -133,14 +133,14 @@ def test_a_trainer_that_ignores_sigterm_is_killed_after_its_grace(tmp_path: Path
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 5)])
 def test_signals_stop_the_run_with_a_checkpoint(tmp_path: Path, signum: int, code: int) -> None:
     """The machine's SIGTERM or SIGUSR1 is a preemption, SIGINT the operator; the same launch goes on."""
-    run = SmallRun(tmp_path, {"steps": 40})
+    run = SmallRun(tmp_path, {"steps": 200, "step_s": 0.02})
     process = run.start()
     wait_until(lambda: _recorded(run) > 3, "training")
     assert _end(process, signum) == code
     assert _causes(run) == ["preempted"]
     assert run.supervise() == 0
     assert _causes(run) == ["preempted", "finished"]
-    assert [step for _, step in run.seen()] == list(range(1, 41)), "the checkpoint was of the last step"
+    assert [step for _, step in run.seen()] == list(range(1, 201)), "the checkpoint was of the last step"
 
 
 def test_a_second_interrupt_does_not_wait_for_a_checkpoint(tmp_path: Path) -> None:
