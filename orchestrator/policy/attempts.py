@@ -7,7 +7,7 @@ from monitors.taxonomy import IncidentClass
 from orchestrator.policy import diagnose
 from orchestrator.policy.budgets import allow_restart, backoff_s
 from orchestrator.policy.context import Context
-from orchestrator.policy.decisions import EndRun, StartAttempt
+from orchestrator.policy.decisions import CaptureEvidence, EndRun, StartAttempt
 from orchestrator.policy.events import AttemptExited
 from orchestrator.policy.model import Actions
 from orchestrator.policy.rules import matching
@@ -143,6 +143,8 @@ def _answer(ctx: Context, event: AttemptExited) -> None:
     rule = matching(ctx.policy, incident, ctx.facts)
     actions = rule.rungs()[0] if rule else Actions()
     incident.decision = [str(name) for name in actions.names()]
+    if actions.capture is not None:
+        ctx.decide(CaptureEvidence(attempt=event.attempt, incident=incident.id))
     if actions.notify is not None:
         ctx.notify(actions.notify.level, f"{cls}: {event.cause}", why, incident.id)
     if actions.halt is not None or not (actions.restart or actions.widen_rollback):

@@ -247,6 +247,14 @@ class Guards(Section):
     relapse_steps: int = Field(default=2000, ge=0, description="a new incident before overlay end plus this")
     checkpoint_overdue_factor: float = Field(default=3.0, gt=1, description="times the usual time between commits")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_written_share_holds_alone(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        pairs = (("max_skipped_share", "always_skipped_batches"), ("max_discarded_share", "always_discarded_steps"))
+        return {floor: 0 for share, floor in pairs if share in given} | given
+
 
 class NoProgress(Section):
     """After so many attempts without a new durable step: one action further each time."""

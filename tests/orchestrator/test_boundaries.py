@@ -13,9 +13,9 @@ from orchestrator.config import resolve, write_resolved
 from orchestrator.facts import facts_of
 from orchestrator.journal import Batch, Folded, Journal
 from orchestrator.launching import fold_under_old_rules
-from orchestrator.policy.decisions import Decision, StopAttempt
+from orchestrator.policy.decisions import CaptureEvidence, Decision, StopAttempt
 from orchestrator.policy.engine import Engine
-from orchestrator.policy.events import Event, RecordReceived, RunOpened, StopRequested
+from orchestrator.policy.events import AttemptExited, Event, RecordReceived, RunOpened, StopRequested
 from orchestrator.policy.model import Policy
 from tests.orchestrator.simulated import World, healthy
 
@@ -101,6 +101,32 @@ def test_a_rollback_holds_across_a_stop_and_the_next_launch() -> None:
     assert world.plans[-1].reanchor
     assert int(world.plans[-1].candidates[0][:12]) <= 180
     assert world.plans[-1].skips
+
+
+def test_what_is_captured_of_the_dead_is_captured() -> None:
+    """A rule that says `capture` for a crash keeps the black box under the incident's number."""
+    rule = {"on": "crash", "do": ["capture", "restart"]}
+    world = World(policy=_policy(rules=[rule]))
+    world.open()
+    world.load()
+    world.take_step()
+
+    decisions = world.engine.fold(AttemptExited(at_s=world.at_s, attempt=1, cause="killed"))
+
+    incident = world.incident("crash")
+    assert incident.decision == ["capture", "restart"]
+    assert [(d.attempt, d.incident) for d in decisions if isinstance(d, CaptureEvidence)] == [(1, incident.id)]
+
+
+@pytest.mark.parametrize(
+    ("written", "skipped", "discarded"),
+    [({}, 2000, 3000), ({"max_skipped_share": 0.01}, 0, 3000), ({"max_discarded_share": 0.01}, 2000, 0)],
+)
+def test_a_share_that_is_written_down_has_no_floor(written: dict[str, float], skipped: int, discarded: int) -> None:
+    """The floors let the shipped ladder run once in a short plan; they never widen what somebody has set."""
+    guards = Policy.model_validate({"version": 1, "guards": written}).guards
+
+    assert (guards.always_skipped_batches, guards.always_discarded_steps) == (skipped, discarded)
 
 
 def test_a_second_polite_request_still_saves() -> None:
