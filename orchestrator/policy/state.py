@@ -46,6 +46,7 @@ class Commit(_Mutable):
     step: int
     position: int
     tokens: int
+    where: Literal["disk", "store"] = Field(default="store", description="disk: on its way to the store")
     standing: Literal["committed", "good", "bad"] = "committed"
     tainted: bool = Field(default=False, description="lies within an incident: never promoted")
 

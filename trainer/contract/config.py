@@ -98,6 +98,12 @@ class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
     good_after_steps: int = Field(100, ge=1, description="K: healthy steps beyond it that make a checkpoint good")
     keep_good: int = Field(3, ge=2)
+    patience_s: float = Field(
+        0.0, ge=0, description="how long training may be held up to save at the very step that is due, if disk is slow"
+    )  # fmt: skip
+    keep_local: int = Field(
+        2, ge=1, description="on the local disk: so many that are in the store, and so many that wait for it"
+    )  # fmt: skip
 
 
 class StoreConfig(Section):
