@@ -122,6 +122,8 @@ class SnapshotRecord(_Record):
     stall_s: float
     bytes: int
     late_steps: int = Field(default=0, description="steps after it was due: the disk was slower than the interval")
+    next_steps: int | None = Field(default=None, description="an automatic interval: steps until the next one is due")
+    because: str = ""
 
 
 class CommitRecord(_Record):

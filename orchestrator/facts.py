@@ -13,7 +13,7 @@ def facts_of(config: RunConfig) -> RunFacts:
         batch_samples=config.batch.sequences,
         good_after_steps=config.checkpoint.good_after_steps,
         keep_good=config.checkpoint.keep_good,
-        checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_every=None if config.checkpoint.every_steps == "auto" else config.checkpoint.every_steps,
         has_validation=config.data.validation is not None,
         planned_changes=tuple(change.step for change in config.planned_changes),
     )

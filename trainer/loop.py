@@ -36,7 +36,7 @@ from trainer.faults.desk import StepInput
 from trainer.orphan import OrphanWatch
 from trainer.probe import ProbeBatch
 from trainer.recording import StepFacts, started_fields, step_fields
-from trainer.saving import Saver, finite_or_none
+from trainer.saving import Saver, SaveSchedule, finite_or_none
 from trainer.schedule import lr_at
 from trainer.setup import Machinery, Workplace
 from trainer.state import Progress, TrainingState, collect
@@ -44,6 +44,7 @@ from trainer.step import PendingResult, StepResult
 
 log = structlog.get_logger(__name__)
 
+_SMOOTHING = 0.05  # of the step time
 WARM_UP_STEPS = 5  # the first steps allocate, autotune and fault pages in; they have a deadline of their own
 
 Reason = Literal["finished", "preempted", "left", "replay_done", "orphaned"]
@@ -73,13 +74,16 @@ class Loop:
         self._orphan = OrphanWatch(at.reporter, at.config.deadlines.orphan_s, at.parent_pid)
         self._probe = ProbeBatch(machinery.stream.manifest.vocab_size, at.config.batch.sequence_tokens)
         loaded_step = None if machinery.start.loaded is None else self._progress.step
-        self._saver = Saver(machinery.snapshotter, at.paths, machinery.plan.attempt, at.reporter, loaded_step)
+        plan, every = machinery.plan, at.config.checkpoint.every_steps
+        schedule = SaveSchedule(every, plan.failure_every_s, loaded_step)
+        self._saver = Saver(machinery.snapshotter, at.paths, plan.attempt, at.reporter, schedule)
         self._in_flight: deque[_InFlight] = deque()
         self._lag = 1 if machinery.device.type == "cuda" else 0
         self._last: StepResult | None = None
         self._clock_s = time.monotonic()
         self._phase: Phase | None = None
         self._steps_run = 0
+        self._step_s: float | None = None
         self._save_due: int | None = None
         self._compiled: set[bool] = set()
         self._evaluated_step: int | None = None
@@ -218,7 +222,10 @@ class Loop:
             compute = read_s - max(done.launched_s, self._clock_s)
             other = max(0.0, read_s - self._clock_s - done.data_s - compute)
             self._clock_s = read_s
-            self._tell(done.facts, result, StepTime(data=done.data_s, compute=compute, other=other))
+            times = StepTime(data=done.data_s, compute=compute, other=other)
+            before_s = times.total if self._step_s is None else self._step_s
+            self._step_s = before_s + _SMOOTHING * (times.total - before_s)
+            self._tell(done.facts, result, times)
             self._last = result
             if result.skipped:
                 skipped = self._progress.skipped_updates + 1
@@ -237,7 +244,7 @@ class Loop:
         config = self._config
         if self._replay is None:
             last = self.step == config.steps
-            if self.step % config.checkpoint.every_steps == 0 and self._save_due is None:
+            if self._save_due is None and self._saver.due(self.step):
                 self._save_due = self.step
             if self._save_due is not None and not last and self._ready_to_save():
                 self._save()
@@ -316,7 +323,7 @@ class Loop:
         if self._last is not None and self._last.skipped and not even_if_skipped:
             self._saver.refuse(self.step, "the last update was not finite, so this is no state to come back to")
         else:
-            self._saver.save(self.step, self._collect(), self._health(), late_steps)
+            self._saver.save(self.step, self._collect(), self._health(), self._step_s, late_steps)
         self._back_to(phase)
 
     def _collect(self) -> TrainingState:

@@ -5,8 +5,11 @@ records say how each save ended; a failed one is a record, never the end of trai
 """
 
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
+from typing import Literal
 
 import structlog
 
@@ -15,26 +18,62 @@ from monitors.tail import Tail
 from trainer.checkpoint import Health, SnapshotRefusedError, Snapshotter
 from trainer.contract.paths import KEEPER_ROLES, RunPaths
 from trainer.errors import SupersededError
+from trainer.interval import Interval, Measured, choose_interval
 from trainer.reporter import Reporter
 from trainer.state import TrainingState
 
 log = structlog.get_logger(__name__)
 
 _POLL_S = 0.01
+_RECENT = 5  # stalls whose median counts: a first one that allocates does not
+_UNTIL_MEASURED = 50  # steps
+
+
+class SaveSchedule:
+    """When a checkpoint is due: every so many steps, or as often as is best by what was measured.
+
+    `loaded_step` is the step of the checkpoint that this attempt began with, None if it began from scratch.
+    """
+
+    def __init__(self, every: int | Literal["auto"], failure_every_s: float, loaded_step: int | None) -> None:
+        self.loaded_step = loaded_step
+        self.disk_s = 0.0
+        self._every = every
+        self._failure_every_s = failure_every_s
+        self._stalls_s: deque[float] = deque(maxlen=_RECENT)
+        self._next = (loaded_step or 0) + _UNTIL_MEASURED
+
+    def due(self, step: int) -> bool:
+        """Whether one is due at this step."""
+        return step >= self._next if self._every == "auto" else step % self._every == 0
+
+    def taken(self, step: int, stall_s: float, step_s: float | None) -> Interval | None:
+        """One was taken; the interval until the next, if it is chosen here."""
+        self._stalls_s.append(stall_s)
+        if self._every != "auto":
+            return None
+        if step_s is None:  # the first one, before any step
+            chosen = Interval(_UNTIL_MEASURED, "nothing is measured yet")
+        else:
+            measured = Measured(statistics.median(self._stalls_s), self.disk_s, step_s)
+            chosen = choose_interval(measured, self._failure_every_s)
+        self._next = step + chosen.steps
+        return chosen
 
 
 class Saver:
     """Saves states of one attempt."""
 
     def __init__(
-        self, snapshotter: Snapshotter, paths: RunPaths, attempt: int, reporter: Reporter, loaded_step: int | None
+        self, snapshotter: Snapshotter, paths: RunPaths, attempt: int, reporter: Reporter, schedule: "SaveSchedule"
     ) -> None:
         self._snapshotter = snapshotter
+        self._schedule = schedule
         self._attempt = attempt
         self._reporter = reporter
         self._news = [Tail.from_end(paths.keeper_records(role)) for role in KEEPER_ROLES]
         self._under_way: set[int] = set()
-        self.saved_step = loaded_step
+        self.saved_step = schedule.loaded_step
         self.last_error = ""
 
     def reserve(self, state: TrainingState) -> None:
@@ -61,8 +100,8 @@ class Saver:
         """Whether the state of this step is saved, or on its way."""
         return step == self.saved_step or step in self._under_way
 
-    def save(self, step: int, state: TrainingState, health: Health, late_steps: int = 0) -> None:
-        """Copy the state; a record says if that is not possible now."""
+    def save(self, step: int, state: TrainingState, health: Health, step_s: float | None, late_steps: int = 0) -> None:
+        """Copy the state; a record says if that is not possible now. `step_s`: how long a step takes, if known."""
         try:
             taken = self._snapshotter.snapshot(
                 state.tensors,
@@ -76,7 +115,20 @@ class Saver:
             self.refuse(step, refusal.why)
             return
         self._under_way.add(step)
-        self._reporter.emit(SnapshotRecord, step=step, stall_s=taken.stall_s, bytes=taken.bytes, late_steps=late_steps)
+        chosen = self._schedule.taken(step, taken.stall_s, step_s)
+        self._reporter.emit(
+            SnapshotRecord,
+            step=step,
+            stall_s=taken.stall_s,
+            bytes=taken.bytes,
+            late_steps=late_steps,
+            next_steps=chosen.steps if chosen is not None else None,
+            because=chosen.because if chosen is not None else "",
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due at this step."""
+        return self._schedule.due(step)
 
     def refuse(self, step: int, why: str) -> None:
         """Say that no save of this step was begun."""
@@ -92,6 +144,8 @@ class Saver:
         """
         for record in self._own_news():
             match record:
+                case CommitRecord(tier="disk"):
+                    self._schedule.disk_s = record.seconds
                 case CommitRecord(tier="store"):
                     self._under_way.discard(record.step)
                     self.saved_step = max(record.step, self.saved_step or 0)

@@ -15,6 +15,7 @@ from monitors.records import (
     CommitRecord,
     EvalRecord,
     Record,
+    SnapshotRecord,
     StartedRecord,
     StepRecord,
 )
@@ -145,6 +146,8 @@ class Engine:
                 quarantined = tuple(quarantine.shard for quarantine in state.quarantines)
                 self._diagnosis.rewind(record.step, expect_same=self._same_expected(), quarantined=quarantined)
                 self._diagnosis.note_overlays(self._overlay_spans())
+            case SnapshotRecord(next_steps=int() as steps):
+                state.save_every, state.save_because = steps, record.because
             case EvalRecord() if not replaying:
                 state.last_eval = (record.step, record.loss)
                 state.evals = [*state.evals[-63:], (record.step, record.loss)]
@@ -213,15 +216,16 @@ class Engine:
     def _overdue(self, ctx: Context) -> None:
         state, facts = self.state, self.facts
         stored = [commit.step for commit in state.commits if commit.where == "store"]
-        if state.phase != "running" or not stored or facts.trace:
+        every = facts.checkpoint_every or state.save_every
+        if state.phase != "running" or not stored or every is None or facts.trace:
             return
         since = stored[-1]
         silent = state.step - since
-        if silent < ctx.policy.guards.checkpoint_overdue_factor * facts.checkpoint_every:
+        if silent < ctx.policy.guards.checkpoint_overdue_factor * every:
             return
         known = any(i.cls is IncidentClass.CHECKPOINT_OVERDUE and i.onset_step == since for i in state.incidents)
         if not known:
-            why = f"{silent} steps since the last checkpoint in the store, one is due every {facts.checkpoint_every}"
+            why = f"{silent} steps since the last checkpoint in the store, one is due every {every}"
             respond(ctx, ctx.open_incident(IncidentClass.CHECKPOINT_OVERDUE, since, state.step, why))
 
     # -- what the shell and people read ---------------------------------------------------------------------------
@@ -246,6 +250,8 @@ class Engine:
             validation=state.last_eval,
             last_good_step=max(good, default=None),
             last_commit_step=max((c.step for c in state.commits), default=None),
+            last_stored_step=max((c.step for c in state.commits if c.where == "store"), default=None),
+            checkpoint_interval=self._interval_text(),
             rollbacks_left=budgets.training.rollbacks - state.rollbacks_used,
             restarts_left=budgets.process.restarts - len(state.restarts_at_s),
             open_incidents=sum(incident.is_open for incident in state.incidents),
@@ -254,6 +260,13 @@ class Engine:
             mode=self.policy.mode,
             quarantined_shards=[self._shard_name(q.shard) for q in state.quarantines],
         )
+
+    def _interval_text(self) -> str:
+        if self.facts.checkpoint_every is not None:
+            return f"every {self.facts.checkpoint_every:,} steps, as configured"
+        if self.state.save_every is None:
+            return "automatic, nothing is measured yet"
+        return f"every {self.state.save_every:,} steps: {self.state.save_because}"
 
     def _shard_name(self, shard: int) -> str:
         names = self.state.shard_names

@@ -21,6 +21,8 @@ def on_step(ctx: Context, record: StepRecord) -> None:
     state.last_loss, state.last_lr = record.loss, record.lr
     if record.tokens and record.step_time_s is not None and record.step_time_s.total > 0:
         state.tokens_per_s = record.tokens / record.step_time_s.total
+    if record.step_time_s is not None:
+        state.trained_s += record.step_time_s.total
     state.history.append(
         HistoryRow(
             step=record.step,

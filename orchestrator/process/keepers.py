@@ -54,6 +54,11 @@ class Keepers:
             self._keepers[role] = _Keeper(role)
             self._spawn(self._keepers[role])
 
+    def pid(self, role: KeeperRole) -> int | None:
+        """The process of a role, while it lives."""
+        keeper = self._keepers.get(role)
+        return keeper.process.pid if keeper is not None and keeper.process is not None else None
+
     def watch(self, now_s: float) -> list[KeeperRole]:
         """Reap the dead, kill the silent, start again what is due; returns who was found dead."""
         died = []

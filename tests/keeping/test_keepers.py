@@ -65,9 +65,9 @@ class Bench:
 
     def pid(self, role: KeeperRole) -> int:
         """The process of a role."""
-        process = self.keepers._keepers[role].process
-        assert process is not None
-        return process.pid
+        found = self.keepers.pid(role)
+        assert found is not None
+        return found
 
     def records(self, role: KeeperRole) -> list[dict[str, Any]]:
         """What a role reported."""
@@ -128,8 +128,8 @@ def _kill_often(bench: Bench, role: KeeperRole) -> None:
         commits.append(bench.snapshot(step))
         old = bench.pid(role)
         os.kill(old, signal.SIGKILL)
-        bench.until(lambda old=old: bench.keepers._keepers[role].process is None, "its death")  # type: ignore[misc]
-        bench.until(lambda: bench.keepers._keepers[role].process is not None, "the next one")
+        bench.until(lambda old=old: bench.keepers.pid(role) is None, "its death")  # type: ignore[misc]
+        bench.until(lambda: bench.keepers.pid(role) is not None, "the next one")
     bench.until(lambda: set(commits) <= set(commits_present(bench.store)), "all commits")
     for commit in commits:
         assert load_checkpoint(bench.store, commit).manifest.commit == commit

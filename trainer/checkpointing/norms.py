@@ -22,8 +22,8 @@ class SquareSum:
     def add(self, piece: memoryview) -> None:
         """Add the elements of some bytes."""
         if len(piece) and self._dtype in _FLOATS:
-            values = _as_float64(piece, self._dtype)
             with np.errstate(over="ignore", invalid="ignore"):
+                values = _as_float64(piece, self._dtype)
                 self._sum += float(np.dot(values, values))
 
     def norm(self) -> float | None:

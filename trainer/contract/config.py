@@ -95,7 +95,9 @@ class EvaluateConfig(Section):
 class CheckpointConfig(Section):
     """Full checkpoints on the store, and how they become good."""
 
-    every_steps: int = Field(1000, ge=1)
+    every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1000, description="auto: as often as the measured stall and the failures so far make best"
+    )
     good_after_steps: int = Field(100, ge=1, description="K: healthy steps beyond it that make a checkpoint good")
     keep_good: int = Field(3, ge=2)
     patience_s: float = Field(

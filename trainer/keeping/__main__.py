@@ -29,7 +29,7 @@ from trainer.signals import StopFlag
 log = structlog.get_logger(__name__)
 
 POLL_S = 0.02
-_NICE = 5  # training goes first where cores are few
+_NICE = 5  # sending may take its time; training and the disk go first where cores are few
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("role", choices=KEEPER_ROLES)
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    os.nice(_NICE)
+    if arguments.role == "uploader":
+        os.nice(_NICE)
     paths = RunPaths(arguments.run_dir.absolute())
     role: KeeperRole = arguments.role
     with ExitStack() as stack:

@@ -33,6 +33,7 @@ from trainer.contract.store import ObjectMissing
 from trainer.keeping.tier import LocalTier
 
 _PIECE_BYTES = 1 << 20  # stays in the processor's cache between checksum, norm and write
+_WRITEBACK_BYTES = 16 << 20
 _RESERVE = "reserve"
 
 
@@ -71,9 +72,9 @@ def persist(
         OSError: the same.
     """
     commit = commit_id(said.step, said.epoch, said.attempt)
+    clear(tier)
     if known := _already(tier, commit, said):
         return known
-    clear(tier)
     with ExitStack() as undo:
         undo.callback(clear, tier)
         undo.callback(tier.forget, commit)
@@ -157,6 +158,8 @@ def _write(
             crc = crc32c(piece, crc)
             _write_all(file.fileno(), piece)
             end = begin + len(piece)
+            if end % _WRITEBACK_BYTES == 0:  # the kernel begins to write now, and the sync at the end finds little left
+                os.posix_fadvise(file.fileno(), end - _WRITEBACK_BYTES, _WRITEBACK_BYTES, os.POSIX_FADV_DONTNEED)
             view = memoryview(piece)
             for tensor, total in zip(placed.tensors[first:], sums[first:], strict=True):
                 if tensor.begin >= end:
