@@ -168,7 +168,7 @@ def test_a_store_that_fails_is_a_record_and_training_goes_on(tmp_path: Path) -> 
     run = TinyRun(tmp_path, {"faults": [{"kind": "store_error", "steps": [8, 8]}]})
     assert run.run() == ExitCode.FINISHED
     assert [(row["step"], row["gone"]) for row in run.records(1, "commit_failed")] == [(8, False)]
-    assert [row["step"] for row in run.records(1, "commit")] == [0, 4, 8, 12]
+    assert sorted(row["step"] for row in run.records(1, "commit")) == [0, 4, 8, 12]
 
 
 def test_dropped_moments_are_dropped_at_the_load(tmp_path: Path) -> None:
