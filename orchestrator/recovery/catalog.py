@@ -4,6 +4,7 @@ Listing opens nothing (five listings, whatever the number of commits); `verify` 
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.recovery.retention import Checkpoint
@@ -39,8 +40,12 @@ class Verification:
         return not self.problems
 
 
-def list_checkpoints(store: Store) -> list[Checkpoint]:
+def list_checkpoints(store: Store, times_s: Mapping[str, float] | None = None) -> list[Checkpoint]:
     """Every commit in the store, oldest step first; those of abandoned branches have `in_lineage` false.
+
+    Args:
+        store: the run's.
+        times_s: when each was committed, as the journal knows it; the store's own clock is not asked.
 
     Raises:
         StoreError: the store cannot be asked.
@@ -52,7 +57,8 @@ def list_checkpoints(store: Store) -> list[Checkpoint]:
     sizes: dict[str, int] = defaultdict(int)
     for item in store.list(_DATA):
         sizes[item.key.split("/")[1]] += item.bytes
-    return [_entry(commit, facts.of(commit), commit in current, sizes[commit]) for commit in present]
+    at_s = times_s or {}
+    return [_entry(name, facts.of(name), name in current, sizes[name], at_s.get(name)) for name in present]
 
 
 def read_manifest(store: Store, commit: str) -> Sealed:
@@ -104,7 +110,9 @@ def _object_problem(store: Store, entry: ObjectEntry) -> str | None:
     return None if crc == entry.crc32c else f"{entry.key} does not match its CRC32C: it was changed after the save"
 
 
-def _entry(commit: str, standing: verdicts.Standing, in_lineage: bool, size: int) -> Checkpoint:
+def _entry(
+    commit: str, standing: verdicts.Standing, in_lineage: bool, size: int, committed_at_s: float | None
+) -> Checkpoint:
     named = parse_commit_id(commit)
     return Checkpoint(
         id=commit,
@@ -116,4 +124,5 @@ def _entry(commit: str, standing: verdicts.Standing, in_lineage: bool, size: int
         pinned=standing.pinned,
         in_lineage=in_lineage,
         bytes=size,
+        committed_at_s=committed_at_s,
     )

@@ -19,6 +19,7 @@ from trainer.contract.paths import RunPaths
 
 VERBS = (
     ["init"], ["check"], ["launch"], ["resume"], ["status"], ["stop"], ["checkpoint"], ["incidents"], ["checkpoints"],
+    *(["checkpoints", verb] for verb in ("list", "verify", "pin", "unpin", "prune", "export")),
     ["replay"], ["data", "prepare"], ["schema"], ["doctor"],
 )  # fmt: skip
 

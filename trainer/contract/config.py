@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from trainer.contract.durations import StoredDurationS
+
 
 class Section(BaseModel):
     """Base of every section: frozen, and a key that is not known is an error."""
@@ -92,12 +94,30 @@ class EvaluateConfig(Section):
     hook: str | None = Field(None, description="'module:function'; gets the model, returns {name: number}")
 
 
+class SpacingConfig(Section):
+    """One good checkpoint in every so much time, for so long."""
+
+    every: StoredDurationS = Field(gt=0)
+    for_: StoredDurationS = Field(gt=0, alias="for")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _worth_a_rule(self) -> Self:
+        if self.every > self.for_:
+            raise ValueError("`every` is longer than `for`, so nothing would be kept by it for as long as it says")
+        return self
+
+
 class CheckpointConfig(Section):
     """Full checkpoints on the store, and how they become good."""
 
     every_steps: int = Field(1000, ge=1)
     good_after_steps: int = Field(100, ge=1, description="K: healthy steps beyond it that make a checkpoint good")
     keep_good: int = Field(3, ge=2)
+    keep_for: tuple[SpacingConfig, ...] = Field(
+        (), description="dense near, sparse far: [{every: 1h, for: 1d}, {every: 1d, for: 30d}]"
+    )
 
 
 class StoreConfig(Section):
