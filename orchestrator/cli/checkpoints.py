@@ -143,7 +143,7 @@ def unpin(step: StepArgument, run: RunArgument = None) -> None:
 @checkpoints.command(epilog="Example: longwatch checkpoints export 12000 --out weights/ --dtype bf16")
 def export(
     step: StepArgument,
-    out: Annotated[Path, typer.Option("--out", help="A file, or a directory in which it gets a name.")],
+    where: Annotated[str, typer.Option("--out", help="A file, or a directory (DIR/) in which it gets a name.")],
     run: RunArgument = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the floating tensors.")] = "as-is",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
@@ -153,9 +153,10 @@ def export(
     paths = find_run(run)
     with _store(paths) as store:
         chosen = _named(list_checkpoints(store), step)
-        if out.is_dir():
-            out = out / f"{_config(paths).name}-step-{chosen.step}.safetensors"
-        done = export_weights(store, chosen.id, out, dtype=dtype, force=force)
+        path = Path(where)
+        if where.endswith("/") or path.is_dir():
+            path /= f"{_config(paths).name}-step-{chosen.step}.safetensors"
+        done = export_weights(store, chosen.id, path, dtype=dtype, force=force)
     if json:
         say_json({**asdict(done), "path": str(done.path)})
     else:

@@ -45,9 +45,9 @@ def test_exported_weights_fill_a_model(stored: StoredRun, weights: torch.dtype) 
 def test_the_file_says_where_it_comes_from(stored: StoredRun) -> None:
     """Step, run, commit and configuration, in a place where every reader of the format finds them."""
     commit = stored.save(7)
-    (stored.here / "weights").mkdir()
 
-    assert run(["checkpoints", "export", "7", "--out", "weights"]) == 0
+    assert run(["checkpoints", "export", "7", "--out", "weights/"]) == 0
+    assert run(["checkpoints", "export", "7", "--out", "weights", "--force"]) == 0
 
     with safe_open(stored.here / "weights" / "tiny-step-7.safetensors", framework="pt") as file:
         assert file.metadata() == {
