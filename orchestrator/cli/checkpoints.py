@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from typer.core import TyperGroup
 
 from orchestrator.cli.find import JsonOption, RunArgument, find_run
-from orchestrator.cli.output import out, remark, say, say_json
+from orchestrator.cli.output import remark, say, say_json, show
 from orchestrator.documents import ConfigError, Place, Problem
 from orchestrator.errors import OrchestratorError, RunHeldError
 from orchestrator.facts import spacings
@@ -40,7 +39,6 @@ from trainer.contract.paths import RunPaths
 from trainer.contract.store import Store, open_store
 
 _STEP = re.compile(r"\d+")
-_WIDE = 200
 
 
 class _ListByDefault(TyperGroup):
@@ -84,7 +82,7 @@ def list_(run: RunArgument = None, json: JsonOption = False) -> None:
         say_json({"checkpoints": [_as_json(checkpoint) for checkpoint in found]})
         return
     if found:
-        _show(checkpoint_table(found, time.time()))
+        show(checkpoint_table(found, time.time()))
     say(f"{len(found)} checkpoints, {short(sum(checkpoint.bytes for checkpoint in found))}B")
 
 
@@ -195,7 +193,7 @@ def prune(
         if json:
             say_json({"keep": plan.keep, "delete": plan.delete, "dry_run": dry_run})
         else:
-            _show(plan_table(found, plan, time.time()))
+            show(plan_table(found, plan, time.time()))
         if dry_run or not plan.delete:
             return
         if not yes:
@@ -312,14 +310,6 @@ def _duration(text: str) -> float:
 
 def _as_json(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**asdict(checkpoint), "good": checkpoint.good, "where": [WHERE]}
-
-
-def _show(table: Table) -> None:
-    """A table as wide as it is: a pipe has no width, and a name that is cut short is no name."""
-    console = out()
-    if not console.is_terminal:
-        console.width = max(console.width, _WIDE)
-    console.print(table)
 
 
 def register(app: typer.Typer) -> None:
