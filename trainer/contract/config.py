@@ -5,10 +5,12 @@ Torch-free, because the supervisor validates it before anything starts. Defaults
 """
 
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from trainer.contract.durations import StoredDurationS
+from trainer.contract.secrets import plain_secrets
 
 
 class Section(BaseModel):
@@ -83,7 +85,26 @@ class DataConfig(Section):
         4, ge=1, description="samples are permuted among so many blocks: few is local, a batch draws on few shards"
     )  # fmt: skip
     read_ahead_blocks: int = Field(8, ge=1)
-    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, repr=False, description="of the filesystem; a secret is written {env: NAME}"
+    )
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _no_password_in_it(cls, url: str | None) -> str | None:
+        if url is not None and urlsplit(url).password is not None:
+            raise ValueError("a password in a URL ends up in logs; use data.storage_options with {env: NAME}")
+        return url
+
+    @field_validator("storage_options")
+    @classmethod
+    def _no_secret_as_text(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if found := ", ".join(plain_secrets(options)):
+            raise ValueError(
+                f"{found}: a secret would lie in plain text in the run directory; write {{env: NAME}} instead and "
+                "set that environment variable"
+            )
+        return options
 
 
 class EvaluateConfig(Section):
