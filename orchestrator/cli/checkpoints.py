@@ -23,21 +23,23 @@ from orchestrator.journal import Batch, Folded, Journal
 from orchestrator.policy.decisions import StartAttempt
 from orchestrator.policy.events import CheckpointsPruned
 from orchestrator.process.lock import RunLock, is_held
-from orchestrator.recovery.catalog import Checkpoint, Verification, list_checkpoints
+from orchestrator.recovery.catalog import Checkpoint, Verification, list_checkpoints, with_local
 from orchestrator.recovery.catalog import verify as read_whole
 from orchestrator.recovery.export import Dtype, export_weights
 from orchestrator.recovery.prune import prune as delete
 from orchestrator.recovery.prune import sweep
 from orchestrator.recovery.retention import plan_retention
-from orchestrator.report.checkpoints import WHERE, checkpoint_table, plan_table
+from orchestrator.report.checkpoints import checkpoint_table, plan_table
 from orchestrator.report.facts import commit_times
 from orchestrator.report.numbers import short
 from trainer.contract import fence, verdicts
+from trainer.contract.backends import LocalBackend
 from trainer.contract.config import RunConfig
 from trainer.contract.durations import duration_s
-from trainer.contract.paths import RunPaths
+from trainer.contract.paths import KEEPER_ROLES, RunPaths
 from trainer.contract.store import Store, open_store
 
+_DISK_TIMEOUT_S = 60.0
 _STEP = re.compile(r"\d+")
 
 
@@ -74,10 +76,12 @@ class BadDurationError(OrchestratorError):
 
 @checkpoints.command("list", epilog="Example: longwatch checkpoints list runs/my-run --json")
 def list_(run: RunArgument = None, json: JsonOption = False) -> None:
-    """Show the checkpoints in a run's store, oldest first, with what is known about each."""
+    """Show a run's checkpoints, oldest first: those in its store, and those that wait on this disk to get there."""
     paths = find_run(run)
+    local = Store(LocalBackend(paths.local_tier), f"file://{paths.local_tier}", _DISK_TIMEOUT_S)
     with _store(paths) as store:
-        found = _known(store, paths)
+        times_s = _times(paths)
+        found = with_local(list_checkpoints(store, times_s), store, local, times_s)
     if json:
         say_json({"checkpoints": [_as_json(checkpoint) for checkpoint in found]})
         return
@@ -179,7 +183,7 @@ def prune(
     paths = find_run(run)
     max_age_s = None if max_age is None else _duration(max_age)
     with _store(paths) as store, _at_rest(paths, store, reading=dry_run):
-        found = _known(store, paths)
+        found = list_checkpoints(store, _times(paths))
         settings = _config(paths).checkpoint
         plan = plan_retention(
             found,
@@ -221,10 +225,9 @@ def _store(paths: RunPaths) -> Iterator[Store]:
         yield store
 
 
-def _known(store: Store, paths: RunPaths) -> list[Checkpoint]:
+def _times(paths: RunPaths) -> dict[str, float]:
     with closing(Journal.read_only(paths.database)) as journal:
-        times_s = commit_times(journal)
-    return list_checkpoints(store, times_s)
+        return commit_times(journal)
 
 
 def _named(found: list[Checkpoint], wanted: str) -> Checkpoint:
@@ -239,7 +242,9 @@ def _named(found: list[Checkpoint], wanted: str) -> Checkpoint:
     if chosen:
         names = ", ".join(one.id for one in chosen)
         raise NoSuchCheckpointError(f"there are several checkpoints of step {wanted}; name one of {names}")
-    raise NoSuchCheckpointError(f"there is no checkpoint {wanted!r}; `longwatch checkpoints` shows what there is")
+    raise NoSuchCheckpointError(
+        f"there is no checkpoint {wanted!r} in the store; `longwatch checkpoints` shows what there is"
+    )
 
 
 def _verified(store: Store, checkpoint: Checkpoint, condemn: bool) -> Verification | None:
@@ -267,8 +272,11 @@ def _at_rest(paths: RunPaths, store: Store, *, reading: bool) -> Iterator[None]:
         yield
         return
     with RunLock(paths.lock):
-        if is_held(paths.child_lock):
-            raise RunHeldError(paths.child_lock, "a trainer that still runs: launch to take it over, or stop it")
+        for lock in (paths.child_lock, *(paths.keeper_lock(role) for role in KEEPER_ROLES)):
+            if is_held(lock):
+                raise RunHeldError(
+                    lock, "a trainer, or one that saves for it, which still runs: launch to take it over"
+                )
         known = _last_start(paths)
         newest = fence.current_epoch(store)
         if newest is not None and newest > (known.plan.epoch if known else -1):
@@ -309,7 +317,7 @@ def _duration(text: str) -> float:
 
 
 def _as_json(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {**asdict(checkpoint), "good": checkpoint.good, "where": [WHERE]}
+    return {**asdict(checkpoint), "good": checkpoint.good}
 
 
 def register(app: typer.Typer) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from monitors.diagnosis import Diagnosis
 from monitors.records import (
+    CommitFailedRecord,
     CommitRecord,
     EvalRecord,
     Record,
@@ -123,6 +124,8 @@ class Engine:
 
     def _record(self, ctx: Context, record: Record) -> None:
         state = self.state
+        if isinstance(record, CommitRecord | CommitFailedRecord):
+            health.on_save_ended(ctx, record)  # also of an attempt that is history: its last save may still arrive
         if record.attempt != state.attempt:
             return  # a late datagram of an attempt that is history
         replaying = state.replay is not None and state.pending is None
@@ -145,8 +148,6 @@ class Engine:
                 quarantined = tuple(quarantine.shard for quarantine in state.quarantines)
                 self._diagnosis.rewind(record.step, expect_same=self._same_expected(), quarantined=quarantined)
                 self._diagnosis.note_overlays(self._overlay_spans())
-            case CommitRecord() if not replaying:
-                health.on_commit(ctx, record)
             case EvalRecord() if not replaying:
                 state.last_eval = (record.step, record.loss)
                 state.evals = [*state.evals[-63:], (record.step, record.loss)]
@@ -214,15 +215,16 @@ class Engine:
 
     def _overdue(self, ctx: Context) -> None:
         state, facts = self.state, self.facts
-        if state.phase != "running" or not state.commits or facts.trace:
+        stored = [commit.step for commit in state.commits if commit.where == "store"]
+        if state.phase != "running" or not stored or facts.trace:
             return
-        silent = state.step - state.commits[-1].step
+        since = stored[-1]
+        silent = state.step - since
         if silent < ctx.policy.guards.checkpoint_overdue_factor * facts.checkpoint_every:
             return
-        since = state.commits[-1].step
         known = any(i.cls is IncidentClass.CHECKPOINT_OVERDUE and i.onset_step == since for i in state.incidents)
         if not known:
-            why = f"{silent} steps since the last checkpoint, one is due every {facts.checkpoint_every}"
+            why = f"{silent} steps since the last checkpoint in the store, one is due every {facts.checkpoint_every}"
             respond(ctx, ctx.open_incident(IncidentClass.CHECKPOINT_OVERDUE, since, state.step, why))
 
     # -- what the shell and people read ---------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Commit(_Mutable):
     step: int
     position: int
     tokens: int
+    where: Literal["disk", "store"] = Field(default="store", description="disk: on its way to the store")
     standing: Literal["committed", "good", "bad"] = "committed"
     committed_at_s: float | None = Field(default=None, description="the journaled time of its record")
     tainted: bool = Field(default=False, description="lies within an incident: never promoted")

@@ -36,6 +36,7 @@ class Checkpoint:
     in_lineage: bool
     bytes: int
     committed_at_s: float | None = None  # by the clock of the supervisor that journaled it; None: not known
+    where: tuple[Literal["disk", "store"], ...] = ("store",)
 
     @property
     def good(self) -> bool:

@@ -8,7 +8,6 @@ from orchestrator.recovery.retention import Checkpoint, Retention
 from orchestrator.report.numbers import short
 
 _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
-WHERE = "store"  # a checkpoint may lie in more than one place; the store is the one that counts
 
 
 def age_text(committed_at_s: float | None, now_s: float) -> str:
@@ -33,7 +32,13 @@ def checkpoint_table(checkpoints: Iterable[Checkpoint], now_s: float) -> Table:
     """One row for each, in the order given."""
     table = _table("age", "size", "state", "where", "checkpoint")
     for one in checkpoints:
-        row = (age_text(one.committed_at_s, now_s), f"{short(one.bytes)}B", standing_text(one), WHERE, one.id)
+        row = (
+            age_text(one.committed_at_s, now_s),
+            f"{short(one.bytes)}B",
+            standing_text(one),
+            "+".join(one.where),
+            one.id,
+        )
         table.add_row(f"{one.step:,}", *row, style="" if one.in_lineage else "dim")
     return table
 

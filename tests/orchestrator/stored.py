@@ -12,7 +12,7 @@ from orchestrator.journal import Batch, Folded, Journal
 from orchestrator.policy.decisions import StartAttempt
 from orchestrator.policy.events import RecordReceived, Ticked
 from tests.orchestrator.clirun import write_journal, write_run
-from trainer.checkpoint import CheckpointWriter, Committed
+from tests.trainer import saving
 from trainer.contract import fence
 from trainer.contract.manifest import commit_id
 from trainer.contract.paths import RunPaths
@@ -53,23 +53,16 @@ class StoredRun:
         tensors: dict[str, Tensor] | None = None,
     ) -> str:
         """Save a small state, journal its record, and find it good."""
-        writer = CheckpointWriter(
-            self.store, run_id=self.config.name, epoch=epoch, attempt=epoch, config_digest="c0ffee",
-            scratch_dir=self.here / "scratch", object_bytes=300,
-        )  # fmt: skip
         state = tensors or {"model.w": torch.full((100,), float(step))}
-        writer.snapshot(state, {}, step=step, position=step, tokens=step)
-        assert writer.close(30)
-        (done,) = writer.poll()
-        assert isinstance(done, Committed)
+        commit = saving.save(self.store, self.here / f"e{epoch}", state, step, epoch=epoch).manifest.commit
         if good:
-            write_verdict(self.store, done.commit, "good", "healthy")
+            write_verdict(self.store, commit, "good", "healthy")
         record = CommitRecord(
-            seq=1, attempt=epoch, at_s=0.0, step=step, commit=done.commit, position=step, tokens=step, bytes=1,
+            seq=1, attempt=epoch, at_s=0.0, step=step, commit=commit, position=step, tokens=step, bytes=1,
             seconds=0.1,
         )  # fmt: skip
         self.journal(Folded(RecordReceived(at_s=at_s, record=record)))
-        return done.commit
+        return commit
 
     def journal(self, *folded: Folded, snapshot: bytes | None = None) -> None:
         """Write into the journal, as a supervisor would."""

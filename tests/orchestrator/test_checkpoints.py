@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from orchestrator.cli.app import run
 from orchestrator.journal import Folded, Journal
@@ -19,6 +20,7 @@ from orchestrator.policy.state import Commit, RunFacts
 from orchestrator.process.lock import RunLock
 from orchestrator.recovery.catalog import list_checkpoints
 from tests.orchestrator.stored import StoredRun, step_of
+from tests.trainer import saving
 from trainer.contract.manifest import commit_id
 from trainer.contract.verdicts import pin, verdict_key
 
@@ -60,10 +62,28 @@ def test_list_says_what_is_known_of_each(stored: StoredRun, capsys: pytest.Captu
     assert run(["checkpoints", "list"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
 
-    assert lines["20"].split()[1:] == ["8", "h", "472B", "good,", "pinned", "store", commit_id(20, 1, 1)]
+    assert lines["20"].split()[1:3] == ["8", "h"]
+    assert lines["20"].split()[4:] == ["good,", "pinned", "store", commit_id(20, 1, 1)]
     assert "rolled back" in lines["60"]
     assert "committed" in lines["55"]
     assert [row["step"] for row in _json(capsys)["checkpoints"]] == [0, 10, 20, 30, 40, 50, 55, 60]
+
+
+def test_list_shows_what_waits_on_the_disk(stored: StoredRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """A save that has not come to the store yet, and one that is in both places."""
+    with saving.Saving(stored.store, stored.here / "more", epoch=2) as ours:
+        for step in (70, 80):
+            ours.snapshot({"model.w": torch.ones(100)}, step)
+            ours.persist()
+        ours.upload(commit_id(70, 2, 2))
+        stored.paths.local_tier.symlink_to(ours.tier.root)
+
+        rows = {row["step"]: row for row in _json(capsys)["checkpoints"]}
+
+    assert [rows[step]["where"] for step in (60, 70, 80)] == [["store"], ["disk", "store"], ["disk"]]
+    assert (rows[80]["state"], rows[80]["in_lineage"], rows[80]["bytes"]) == ("committed", True, rows[70]["bytes"])
+    assert run(["checkpoints", "pin", "80", "--because", "x"]) == 2
+    assert "no checkpoint '80' in the store" in capsys.readouterr().err
 
 
 def test_times_of_commits_outlive_snapshots(stored: StoredRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +95,7 @@ def test_times_of_commits_outlive_snapshots(stored: StoredRun, capsys: pytest.Ca
 
     rows = _json(capsys, "list")["checkpoints"]
 
-    assert all(row["committed_at_s"] > 0 and row["where"] == ["store"] for row in rows)
+    assert all(row["committed_at_s"] > 0 for row in rows)
     stored.paths.database.unlink()
     StoredRun(stored.here)
     assert {row["committed_at_s"] for row in _json(capsys, "list")["checkpoints"]} == {None}
@@ -182,10 +202,12 @@ def test_nothing_is_deleted_without_a_yes(
     assert len(_steps(stored)) == 8
 
 
-@pytest.mark.parametrize("lock", ["lock", "child_lock"])
+@pytest.mark.parametrize("lock", ["lock", "child_lock", "uploader_lock"])
 def test_a_run_that_runs_is_left_alone(stored: StoredRun, lock: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Its supervisor prunes by itself; a trainer without one still writes."""
-    with RunLock(getattr(stored.paths, lock)):
+    paths = stored.paths
+    locks = {"lock": paths.lock, "child_lock": paths.child_lock, "uploader_lock": paths.keeper_lock("uploader")}
+    with RunLock(locks[lock]):
         assert run(["checkpoints", "prune", "--max-age", "1h", "--yes"]) == 1
 
     assert "held by" in capsys.readouterr().err

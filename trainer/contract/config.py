@@ -139,6 +139,12 @@ class CheckpointConfig(Section):
     keep_for: tuple[SpacingConfig, ...] = Field(
         (), description="dense near, sparse far: [{every: 1h, for: 1d}, {every: 1d, for: 30d}]"
     )
+    patience_s: float = Field(
+        0.0, ge=0, description="how long training may be held up to save at the very step that is due, if disk is slow"
+    )  # fmt: skip
+    keep_local: int = Field(
+        2, ge=1, description="on the local disk: so many that are in the store, and so many that wait for it"
+    )  # fmt: skip
 
 
 class StoreConfig(Section):
