@@ -27,6 +27,7 @@ from orchestrator.policy.events import (
     AttemptExited,
     AttemptSpawned,
     CheckpointRequested,
+    CheckpointsPruned,
     Event,
     HangConfirmed,
     HangSuspected,
@@ -88,6 +89,8 @@ class Engine:
                 if self.state.alive:
                     command = CheckpointNow(id=ctx.next_command())
                     ctx.decide(SendCommand(attempt=self.state.attempt, command=command))
+            case CheckpointsPruned():
+                self.state.commits = [commit for commit in self.state.commits if commit.id not in event.commits]
             case Ticked():
                 self._overdue(ctx)
             case _:

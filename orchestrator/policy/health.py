@@ -71,6 +71,8 @@ def _prune(ctx: Context) -> None:
         (_as_checkpoint(commit) for commit in state.commits if commit.where == "store"),
         keep_good=ctx.facts.keep_good,
         restoring=[commit.id for commit in state.commits if commit.step in restoring],
+        keep_for=ctx.facts.keep_for,
+        now_s=state.now_s,
     )
     doomed = list(plan.delete)
     if not any(incident.is_open for incident in state.incidents[-64:]):
@@ -83,7 +85,7 @@ def _prune(ctx: Context) -> None:
 def _as_checkpoint(commit: Commit) -> Checkpoint:
     return Checkpoint(
         id=commit.id, step=commit.step, epoch=0, attempt=0, state=commit.standing, verified=commit.standing == "good",
-        pinned=False, in_lineage=True, bytes=0,
+        pinned=False, in_lineage=True, bytes=0, committed_at_s=commit.committed_at_s,
     )  # fmt: skip
 
 
@@ -125,8 +127,9 @@ def _on_commit(ctx: Context, record: CommitRecord) -> None:
     """A checkpoint exists."""
     state = ctx.state
     commit = Commit(
-        id=record.commit, step=record.step, position=record.position, tokens=record.tokens, where=record.tier
-    )
+        id=record.commit, step=record.step, position=record.position, tokens=record.tokens, where=record.tier,
+        committed_at_s=state.now_s,
+    )  # fmt: skip
     if record.step == 0:
         commit.standing = "good"  # nothing was trained that could be wrong
         ctx.decide(WriteVerdict(commit=commit.id, verdict="good", why="initial state"))

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from monitors.taxonomy import Evidence, IncidentClass
+from orchestrator.recovery.retention import Spacing
 from trainer.contract.plan import Overlay, Quarantine, SkipRange
 
 Verdict = Literal["hardware", "data", "data_and_state", "state", "inconclusive"]
@@ -33,6 +34,7 @@ class RunFacts(BaseModel):
     batch_samples: int
     good_after_steps: int = 100
     keep_good: int = 3
+    keep_for: tuple[Spacing, ...] = ()
     checkpoint_every: int | None = Field(default=1000, description="None: the trainer chooses and says so")
     has_validation: bool = True
     planned_changes: tuple[int, ...] = ()
@@ -48,6 +50,7 @@ class Commit(_Mutable):
     tokens: int
     where: Literal["disk", "store"] = Field(default="store", description="disk: on its way to the store")
     standing: Literal["committed", "good", "bad"] = "committed"
+    committed_at_s: float | None = Field(default=None, description="the journaled time of its record")
     tainted: bool = Field(default=False, description="lies within an incident: never promoted")
 
 

@@ -5,8 +5,12 @@ Torch-free, because the supervisor validates it before anything starts. Defaults
 """
 
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from trainer.contract.durations import StoredDurationS
+from trainer.contract.secrets import plain_secrets
 
 
 class Section(BaseModel):
@@ -81,7 +85,26 @@ class DataConfig(Section):
         4, ge=1, description="samples are permuted among so many blocks: few is local, a batch draws on few shards"
     )  # fmt: skip
     read_ahead_blocks: int = Field(8, ge=1)
-    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, repr=False, description="of the filesystem; a secret is written {env: NAME}"
+    )
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _no_password_in_it(cls, url: str | None) -> str | None:
+        if url is not None and urlsplit(url).password is not None:
+            raise ValueError("a password in a URL ends up in logs; use data.storage_options with {env: NAME}")
+        return url
+
+    @field_validator("storage_options")
+    @classmethod
+    def _no_secret_as_text(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if found := ", ".join(plain_secrets(options)):
+            raise ValueError(
+                f"{found}: a secret would lie in plain text in the run directory; write {{env: NAME}} instead and "
+                "set that environment variable"
+            )
+        return options
 
 
 class EvaluateConfig(Section):
@@ -92,6 +115,21 @@ class EvaluateConfig(Section):
     hook: str | None = Field(None, description="'module:function'; gets the model, returns {name: number}")
 
 
+class SpacingConfig(Section):
+    """One good checkpoint in every so much time, for so long."""
+
+    every: StoredDurationS = Field(gt=0)
+    for_: StoredDurationS = Field(gt=0, alias="for")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _worth_a_rule(self) -> Self:
+        if self.every > self.for_:
+            raise ValueError("`every` is longer than `for`, so nothing would be kept by it for as long as it says")
+        return self
+
+
 class CheckpointConfig(Section):
     """Full checkpoints on the store, and how they become good."""
 
@@ -100,6 +138,9 @@ class CheckpointConfig(Section):
     )
     good_after_steps: int = Field(100, ge=1, description="K: healthy steps beyond it that make a checkpoint good")
     keep_good: int = Field(3, ge=2)
+    keep_for: tuple[SpacingConfig, ...] = Field(
+        (), description="dense near, sparse far: [{every: 1h, for: 1d}, {every: 1d, for: 30d}]"
+    )
     patience_s: float = Field(
         0.0, ge=0, description="how long training may be held up to save at the very step that is due, if disk is slow"
     )  # fmt: skip
