@@ -11,13 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from trainer.contract.plan import Quarantine, SkipRange
 from trainer.data.errors import ExhaustedError
-from trainer.data.order import I64
-
-Bools = npt.NDArray[np.bool_]
+from trainer.data.order import I64, Bools
 
 ShardOf = Callable[[I64], I64]
 
