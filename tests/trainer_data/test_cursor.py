@@ -42,7 +42,7 @@ def _is_out(position: int, skips: tuple[SkipRange, ...], quarantines: tuple[Quar
 def _cursor(
     position: int, skips: tuple[SkipRange, ...], quarantines: tuple[Quarantine, ...], planned: int | None = None
 ) -> Cursor:
-    cursor = Cursor(shard_of, position, planned, frozenset(range(NUM_SHARDS)))
+    cursor = Cursor(shard_of, position, planned, lambda _: frozenset(range(NUM_SHARDS)))
     cursor.apply(skips, quarantines)
     return cursor
 

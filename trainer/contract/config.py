@@ -68,12 +68,28 @@ class BatchConfig(Section):
         return self
 
 
+Format = Literal["auto", "llmc", "raw_u16", "raw_u32", "npy", "megatron"]
+LONE_SOURCE = "train"  # what a source that has no name of its own is called
+
+
+class SourceConfig(Section):
+    """One of several sources of training data."""
+
+    source: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its name, kept for the whole run")
+    url: str = Field(description="URL of a directory with manifest.json, or with shards")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="its part of what is read, beside the others'")
+    format: Format | None = Field(None, description="None: data.format")
+    vocab_size: int | None = Field(None, ge=2, description="of data without a manifest; None: data.vocab_size")
+
+
 class DataConfig(Section):
     """Token shards on any fsspec URL, prepared by `longwatch data prepare` or brought along."""
 
-    train: str = Field(description="URL of a directory with manifest.json, or with shards")
+    train: str | tuple[SourceConfig, ...] = Field(
+        description="URL of a directory with manifest.json, or with shards; or a list of sources that are blended"
+    )
     validation: str | None = Field(None, description="URL of held-out shards; None: no evaluation")
-    format: Literal["auto", "llmc", "raw_u16", "raw_u32", "npy", "megatron"] = "auto"
+    format: Format = "auto"
     vocab_size: int | None = Field(None, ge=2, description="of data without a manifest")
     seed: int = 1234
     block_samples: int = Field(64, ge=1, description="samples that lie together in a shard and stay together")
@@ -82,6 +98,30 @@ class DataConfig(Section):
     )  # fmt: skip
     read_ahead_blocks: int = Field(8, ge=1)
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> Self:
+        names = [source.source for source in self.sources]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"train needs sources, each with a name of its own, got {names}")
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of the training data; a URL alone is one source."""
+        if isinstance(self.train, str):
+            return (SourceConfig(source=LONE_SOURCE, url=self.train),)
+        return self.train
+
+    def places(self) -> list[tuple[str, Self]]:
+        """Every URL with tokens, training and validation, each with this section as it holds for it."""
+        training = [(source.url, self.of(source)) for source in self.sources]
+        return training if self.validation is None else [*training, (self.validation, self)]
+
+    def of(self, source: SourceConfig) -> Self:
+        """This section as it holds for one source."""
+        changes = {"format": source.format or self.format, "vocab_size": source.vocab_size or self.vocab_size}
+        return self.model_copy(update=changes)
 
 
 class EvaluateConfig(Section):

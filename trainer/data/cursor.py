@@ -17,6 +17,7 @@ from trainer.data.errors import ExhaustedError
 from trainer.data.order import I64, Bools
 
 ShardOf = Callable[[I64], I64]
+ShardsFrom = Callable[[int], frozenset[int]]  # those that may come at or after a raw position
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,12 @@ class Cursor:
 
     def __init__(
         self, shard_of: ShardOf, position: int = 0, planned: int | None = None,
-        shards: frozenset[int] | None = None,
+        shards_from: ShardsFrom | None = None,
     ) -> None:  # fmt: skip
         self.position = position
         self._shard_of = shard_of
         self._planned = planned
-        self._shards = shards  # those that hold samples; None: not known
+        self._shards_from = shards_from  # None: not known
         self._skips: list[tuple[int, int]] = []
         self._deferred: I64 = np.empty(0, dtype=np.int64)
         self._quarantines: dict[int, int] = {}
@@ -107,11 +108,14 @@ class Cursor:
             self.position = position
 
     def _refuse_to_search_for_ever(self) -> None:
+        if self._shards_from is None or not self._quarantines:
+            return
         out = {shard for shard, from_position in self._quarantines.items() if from_position <= self.position}
-        if self._shards is not None and self._shards <= out:
+        left = self._shards_from(self.position)
+        if left <= out:
             raise ExhaustedError(
-                f"all {len(self._shards)} shards are quarantined at raw position {self.position}",
-                "unquarantine some, or prepare other data",
+                f"all {len(left)} shards are quarantined at raw position {self.position}",
+                "unquarantine some, or add other data",
             )
 
     def _run(self, most: int) -> I64:
