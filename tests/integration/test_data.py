@@ -15,8 +15,8 @@ from tests.trainer.attempts import TinyRun
 from trainer.contract.config import DataConfig
 from trainer.contract.exit_codes import ExitCode
 from trainer.contract.plan import Segment
-from trainer.data.book import read_book
-from trainer.data.stream import DataStream, timeline_of
+from trainer.data.book import read_book, timeline_of
+from trainer.data.stream import DataStream
 
 pytestmark = pytest.mark.training
 

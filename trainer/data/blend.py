@@ -53,17 +53,29 @@ class Blend:
         seen = np.bincount(self._pattern(period)[0][:slot], minlength=len(self._weights)).tolist()
         return [quota + count for quota, count in zip(self._quotas(period), seen, strict=True)]
 
-    def position(self, source: int, index: int) -> int:
-        """The inverse: where a source's sample number `index` comes."""
+    def positions(self, source: int, indices: I64) -> I64:
+        """The inverse: where a source's samples with these numbers come."""
         if len(self._weights) == 1:
-            return index
-        parts = (index - _MOST_OFF) * sum(self._weights) // self._weights[source]
-        period = max(0, parts // PERIOD - 1)  # where it may come at the earliest
+            return indices
+        found = np.empty_like(indices)
+        in_order = np.argsort(indices)
+        ordered, done = indices[in_order], 0
+        while done < len(indices):
+            period = self._period_of(source, int(indices[in_order[done]]))
+            base, end = self._quotas(period)[source], self._quotas(period + 1)[source]
+            stop = int(np.searchsorted(ordered, end))
+            slots = np.flatnonzero(self._pattern(period)[0] == source)
+            mine = in_order[done:stop]
+            found[mine] = period * PERIOD + slots[indices[mine] - base]
+            done = stop
+        return found
+
+    def _period_of(self, source: int, index: int) -> int:
+        earliest = (index - _MOST_OFF) * sum(self._weights) // self._weights[source]
+        period = max(0, earliest // PERIOD - 1)
         while self._quotas(period + 1)[source] <= index:
             period += 1
-        pattern, ranks = self._pattern(period)
-        rank = index - self._quotas(period)[source]
-        return period * PERIOD + int(np.flatnonzero((pattern == source) & (ranks == rank))[0])
+        return period
 
     def _quotas(self, period: int) -> list[int]:
         """How many samples of each source come before a period."""

@@ -14,9 +14,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.contract.config import DataConfig
-from trainer.contract.plan import OrderSpec, Share
+from trainer.contract.plan import OrderSpec, Segment, Share
 from trainer.data.errors import DataError
 from trainer.data.manifest import DataManifest, Place, Shard, load_manifest
+from trainer.data.timeline import SourceShard, Timeline
 
 
 class Listed(BaseModel):
@@ -109,6 +110,46 @@ def read_book(path: Path) -> Book | None:
         return None
     except (OSError, ValidationError) as error:
         raise DataError(f"{path}: cannot be read ({error})", "bring it back, or start from scratch") from error
+
+
+def segments_of(
+    segments: tuple[Segment, ...], book: Book, config: DataConfig, sample_tokens: int
+) -> tuple[Segment, ...]:  # fmt: skip
+    """A plan's segments, or the one that the configuration asks for.
+
+    Raises:
+        DataError: they were made for other data.
+    """
+    if not segments:
+        return (Segment(from_position=0, **dict(book.spec(config, sample_tokens))),)
+    for segment in segments:
+        known = segment.num_shards <= len(book.shards) and segment.manifest == book.digest(segment.num_shards)
+        if not known or segment.sample_tokens != sample_tokens:
+            raise DataError(
+                f"from raw position {segment.from_position} on: is not the data that this run began with (plan "
+                f"{segment.manifest[:12]}, {segment.num_shards} shards of {segment.sample_tokens} tokens a sample)",
+                "bring the data and the run directory back as they were, or start a new run",
+            )
+    return segments
+
+
+def timeline_of(segments: tuple[Segment, ...], book: Book, config: DataConfig) -> Timeline:
+    """The raw order of a run.
+
+    Raises:
+        DataError: a source that the segments draw from holds not even one sample.
+    """
+    length = segments[-1].sample_tokens
+    shards = [SourceShard(row.source, max(0, (row.shard.tokens - 1) // length)) for row in book.shards]
+    for segment in segments:
+        full = {shard.source for shard in shards[: segment.num_shards] if shard.samples}
+        for share in segment.mix:
+            if share.source not in full:
+                raise DataError(
+                    f"{book.places[share.source]}: no shard holds even one sample of {length + 1} tokens",
+                    "prepare more data, or lower batch.sequence_tokens",
+                )
+    return Timeline(segments, shards, block_samples=config.block_samples, window_blocks=config.window_blocks)
 
 
 def _vocabulary(manifests: Mapping[str, DataManifest], known: Book | None) -> tuple[int, str]:

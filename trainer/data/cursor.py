@@ -9,6 +9,7 @@ A skip must begin at or behind the cursor of the moment it is decided: then noth
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
@@ -18,6 +19,15 @@ from trainer.data.order import I64, Bools
 
 ShardOf = Callable[[I64], I64]
 ShardsFrom = Callable[[int], frozenset[int]]  # those that may come at or after a raw position
+
+
+class Fate(IntEnum):
+    """What a plan makes of a sample."""
+
+    READ = 0
+    DEFERRED = 1  # read, but at the end of the plan
+    SKIPPED = 2
+    QUARANTINED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +116,22 @@ class Cursor:
             return self.take(count)
         finally:
             self.position = position
+
+    def read_at(self, sources: I64, shards: I64) -> tuple[I64, I64]:
+        """The inverse of `take`, for samples where they lie in the raw order: when each is read, and its `Fate`.
+
+        Of those that are never read the position is the one at which they would have been.
+        """
+        planned = self._planned if self._planned is not None else 1 << 62
+        late = np.searchsorted(self._deferred, sources)
+        deferred = np.isin(sources, self._deferred) & (self._planned is not None)
+        shifted = sources + np.where(sources >= planned, self._deferred.size, 0)
+        positions = np.where(deferred, planned + late, shifted)
+        fates = np.where(deferred, Fate.DEFERRED, Fate.READ).astype(np.int64)
+        for begin, end in self._skips:
+            fates[(positions >= begin) & (positions < end)] = Fate.SKIPPED
+        fates[self._quarantined(positions, shards)] = Fate.QUARANTINED
+        return positions, fates
 
     def _refuse_to_search_for_ever(self) -> None:
         if self._shards_from is None or not self._quarantines:

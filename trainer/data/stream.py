@@ -11,14 +11,14 @@ import numpy as np
 
 from trainer.contract.config import DataConfig
 from trainer.contract.plan import Quarantine, Segment, SkipRange
-from trainer.data.book import Book, bring_up
+from trainer.data.book import Book, bring_up, segments_of, timeline_of
 from trainer.data.cursor import Cursor, Take
 from trainer.data.errors import DataError, ExhaustedError
 from trainer.data.loader import batches_of
 from trainer.data.manifest import Place, load_manifest
 from trainer.data.order import I64, Order
 from trainer.data.reading import BlockCache, Shelf, TokenBatch
-from trainer.data.timeline import SourceShard, Spots, Timeline
+from trainer.data.timeline import Spots
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class DataStream:
         planned_samples: int | None = None,
     ) -> None:
         book = bring_up(config, book)
-        self.segments = _checked(segments, book, config, sample_tokens)
+        self.segments = segments_of(segments, book, config, sample_tokens)
         self.vocab_size, self.shard_names = book.vocab_size, book.names()
         shelf = _shelf(book, config, sample_tokens)
         self.shard_samples = shelf.samples
@@ -118,25 +118,6 @@ class DataStream:
             self._blocks.read_ahead(self._timeline.spots(upcoming.sources))
 
 
-def timeline_of(segments: tuple[Segment, ...], book: Book, config: DataConfig) -> Timeline:
-    """The raw order of a run.
-
-    Raises:
-        DataError: a source that the segments draw from holds not even one sample.
-    """
-    length = segments[-1].sample_tokens
-    shards = [SourceShard(row.source, max(0, (row.shard.tokens - 1) // length)) for row in book.shards]
-    for segment in segments:
-        full = {shard.source for shard in shards[: segment.num_shards] if shard.samples}
-        for share in segment.mix:
-            if share.source not in full:
-                raise DataError(
-                    f"{book.places[share.source]}: no shard holds even one sample of {length + 1} tokens",
-                    "prepare more data, or lower batch.sequence_tokens",
-                )
-    return Timeline(segments, shards, block_samples=config.block_samples, window_blocks=config.window_blocks)
-
-
 def validation_batches(config: DataConfig, sample_tokens: int, sequences: int, batch: int) -> Iterator[TokenBatch]:
     """The held-out samples, the same every time: evenly spread over the validation shards, (up to batch, T + 1) each.
 
@@ -170,19 +151,3 @@ def _shelf(book: Book, config: DataConfig, sample_tokens: int) -> Shelf:
     places = {name: Place.of(url, config.storage_options) for name, url in urls.items()}
     shards = [row.shard for row in book.shards]
     return Shelf([places[row.source] for row in book.shards], shards, book.names(), book.vocab_size, sample_tokens)
-
-
-def _checked(
-    segments: tuple[Segment, ...], book: Book, config: DataConfig, sample_tokens: int
-) -> tuple[Segment, ...]:  # fmt: skip
-    if not segments:
-        return (Segment(from_position=0, **dict(book.spec(config, sample_tokens))),)
-    for segment in segments:
-        known = segment.num_shards <= len(book.shards) and segment.manifest == book.digest(segment.num_shards)
-        if not known or segment.sample_tokens != sample_tokens:
-            raise DataError(
-                f"from raw position {segment.from_position} on: is not the data that this run began with (plan "
-                f"{segment.manifest[:12]}, {segment.num_shards} shards of {segment.sample_tokens} tokens a sample)",
-                "bring the data and the run directory back as they were, or start a new run",
-            )
-    return segments

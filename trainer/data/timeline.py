@@ -9,7 +9,7 @@ since an epoch that has begun would otherwise be reordered. Shards have one numb
 import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import count
 
@@ -46,6 +46,25 @@ class Spots:
         """Take over what was found elsewhere, or some of it."""
         for item in fields(self):
             getattr(self, item.name)[where] = getattr(found, item.name)[at]
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """Samples of one shard with the raw positions at which they come, and in which epoch of their source."""
+
+    epochs: I64
+    numbers: I64
+    positions: I64
+
+    @classmethod
+    def none(cls) -> "Reads":
+        """No sample comes."""
+        return cls(*(np.empty(0, dtype=np.int64) for _ in range(3)))
+
+    def and_more(self, others: "Reads") -> "Reads":
+        """These and others."""
+        pairs = ((getattr(self, item.name), getattr(others, item.name)) for item in fields(self))
+        return Reads(*(np.concatenate(pair) for pair in pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +121,14 @@ class _Walk:
             result.put(chosen, self.generations[number].spots(indices[chosen]))
         return result
 
-    def index(self, shard: int, number: int, epoch: int) -> int | None:
-        """Which of the source's samples this one is in an epoch; None if that epoch does not have it."""
+    def indices(self, shard: int, numbers: I64, epoch: int) -> I64 | None:
+        """Which of the source's samples these are in an epoch; None if that epoch does not have them."""
         found = self.generations[bisect_right([g.epoch for g in self.generations], epoch) - 1]
         at = np.flatnonzero(found.shards == shard)
         if not at.size:
             return None
-        sample = found.order.extent(int(at[0]))[0] + number
-        return int(found.order.positions([sample], epoch)[0]) - found.epoch * found.order.total + found.first
+        samples = found.order.extent(int(at[0]))[0] + numbers
+        return found.order.positions(samples, epoch) - found.epoch * found.order.total + found.first
 
     def is_settled(self, epoch: int) -> bool:
         """Whether every later epoch has the shards of this one."""
@@ -183,31 +202,49 @@ class Timeline:
         """Shards with samples that may come at or after a raw position."""
         return self._reachable[bisect_right(self._begins, position) - 1]
 
-    def positions_of(self, shard: int, number: int) -> Iterator[tuple[int, int]]:
-        """(epoch of its source, raw position) of every time that a sample comes, without end while its source lasts."""
-        name = self._shards[shard].source
-        if name not in self._walks:
-            return
+    def positions_of(self, shard: int, numbers: I64, until: int) -> Reads:
+        """Every time that samples of a shard come before a raw position."""
+        name, found = self._shards[shard].source, Reads.none()
+        walk = self._walks.get(name)
         for epoch in count():
-            index = self._walks[name].index(shard, number, epoch)
-            if index is not None:
-                position = self._position(name, index)
-                if position is None:
-                    return
-                yield epoch, position
-            elif self._walks[name].is_settled(epoch):
-                return
+            indices = walk.indices(shard, numbers, epoch) if walk is not None else None
+            if walk is None or (indices is None and walk.is_settled(epoch)):
+                return found
+            if indices is not None:
+                came, positions = self._positions(name, indices)
+                if not came.any() and indices.min() >= self._last_index(name):
+                    return found
+                if positions.size and positions.min() >= until:
+                    return found
+                wanted = positions < until
+                epochs = np.full(int(wanted.sum()), epoch, dtype=np.int64)
+                found = found.and_more(Reads(epochs, numbers[came][wanted], positions[wanted]))
+        raise AssertionError("epochs do not end")
 
-    def _position(self, name: str, index: int) -> int | None:
-        """Where a source's sample number `index` comes; None if the source leaves before."""
-        for number in reversed(range(len(self._stretches))):
-            stretch = self._stretches[number]
-            if name in stretch.sources and stretch.starts[stretch.sources.index(name)] <= index:
+    def _positions(self, name: str, indices: I64) -> tuple[Bools, I64]:
+        """Which of a source's samples come at all (it may leave before), and where."""
+        came, positions = np.zeros(len(indices), dtype=np.bool_), np.empty_like(indices)
+        for number, stretch in enumerate(self._stretches):
+            if name in stretch.sources:
                 source = stretch.sources.index(name)
-                position = stretch.begin + stretch.blend.position(source, index - stretch.starts[source])
-                later = self._begins[number + 1 :]
-                return position if not later or position < later[0] else None
-        return None
+                end = self._end_index(number, source)
+                inside = (indices >= stretch.starts[source]) & (indices < end)
+                local = stretch.blend.positions(source, indices[inside] - stretch.starts[source])
+                positions[inside] = stretch.begin + local
+                came |= inside
+        return came, positions[came]
+
+    def _end_index(self, number: int, source: int) -> int:
+        """How much of a source has been read at the end of a stretch."""
+        stretch = self._stretches[number]
+        if number + 1 == len(self._stretches):
+            return 1 << 62
+        return stretch.starts[source] + stretch.blend.counts(self._begins[number + 1] - stretch.begin)[source]
+
+    def _last_index(self, name: str) -> int:
+        """How much of a source is ever read."""
+        last = max(number for number, stretch in enumerate(self._stretches) if name in stretch.sources)
+        return self._end_index(last, self._stretches[last].sources.index(name))
 
     def _read_in_last(self, until: int) -> dict[str, int]:
         """How much of each source of the last stretch is read before a position."""
