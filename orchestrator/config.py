@@ -25,7 +25,7 @@ from orchestrator.documents import (
 from orchestrator.policy.model import Policy
 from orchestrator.policy.shipped import DEFAULT_POLICY, in_force
 from orchestrator.schema_paths import KeyPath
-from trainer.contract.config import RunConfig
+from trainer.contract.config import DataConfig, RunConfig, SourceConfig
 from trainer.contract.paths import RunPaths
 
 SOURCE_FILE = "source.json"
@@ -42,8 +42,6 @@ FROZEN: dict[str, str] = {
     "model.bias": "the checkpoints have this shape",
     "model.qk_norm": "the checkpoints have this shape",
     "batch.sequence_tokens": "positions in the data count samples of this length",
-    "data.train": "positions in the data refer to these shards",
-    "data.format": "positions in the data refer to these shards",
     "data.vocab_size": "the checkpoints have this shape",
     "data.seed": "the order of the data follows from it",
     "data.block_samples": "the order of the data follows from it",
@@ -119,7 +117,7 @@ def absolute(config: RunConfig, base: Path) -> RunConfig:
     """The same configuration with every path made absolute; relative ones start at `base`."""
     data = config.data.model_copy(
         update={
-            "train": _absolute_url(config.data.train, base),
+            "train": _absolute_train(config.data, base),
             "validation": config.data.validation and _absolute_url(config.data.validation, base),
         }
     )
@@ -136,9 +134,9 @@ def write_resolved(run: ResolvedRun) -> None:
     """Keep the resolved configuration and policy in the run directory, and from where they came."""
     run.paths.create()
     origin = {"source": str(run.source), "sets": list(run.sets)}
-    _replace(run.paths.run_yaml, run.config_json)
-    _replace(run.paths.policy_yaml, run.policy_text.encode())
-    _replace(run.paths.root / SOURCE_FILE, json.dumps(origin).encode())
+    replace_file(run.paths.run_yaml, run.config_json)
+    replace_file(run.paths.policy_yaml, run.policy_text.encode())
+    replace_file(run.paths.root / SOURCE_FILE, json.dumps(origin).encode())
 
 
 def resolve_again(paths: RunPaths) -> ResolvedRun:
@@ -256,13 +254,20 @@ def _absolute_url(url: str, base: Path) -> str:
     return f"{protocol}{separator}{os.path.normpath(base / rest)}"
 
 
+def _absolute_train(data: DataConfig, base: Path) -> str | tuple[SourceConfig, ...]:
+    if isinstance(data.train, str):
+        return _absolute_url(data.train, base)
+    return tuple(source.model_copy(update={"url": _absolute_url(source.url, base)}) for source in data.train)
+
+
 def _shown(path: Path) -> str:
     """A path as people want to read it: relative to the working directory where it lies below it."""
     resolved, here = path.resolve(), Path.cwd()
     return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(path)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file of the run directory, whole or not at all, for the user alone."""
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content)
     part.chmod(0o600)

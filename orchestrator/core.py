@@ -10,6 +10,7 @@ from orchestrator.policy.events import Event
 from orchestrator.policy.state import Incident, RunStatus
 from trainer.contract.config import RunConfig
 from trainer.contract.paths import RunPaths
+from trainer.contract.plan import OrderSpec
 from trainer.contract.store import Store
 
 
@@ -49,6 +50,7 @@ class Setup:
     code_version: str
     fresh: bool = False
     resume_because: str | None = None
+    order: OrderSpec | None = None
     tick_s: float = 1.0
 
 

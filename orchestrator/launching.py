@@ -4,13 +4,14 @@ Nothing is changed before everything that can be known has been looked at. A run
 never started from scratch unless that is said.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from orchestrator.config import ResolvedRun, check_changes, read_policy, write_resolved
+from orchestrator.config import ResolvedRun, check_changes, read_policy, replace_file, write_resolved
 from orchestrator.documents import ConfigError, Problem
 from orchestrator.errors import JournalMissingError, OrchestratorError, RunHeldError
 from orchestrator.facts import facts_of
@@ -21,7 +22,7 @@ from orchestrator.policy.engine import Engine
 from orchestrator.policy.model import Policy
 from orchestrator.policy.shipped import in_force
 from orchestrator.policy.state import Incident, RunStatus
-from orchestrator.preflight import preflight
+from orchestrator.preflight import Data, preflight
 from orchestrator.process.filesystem import refuse_network_filesystem
 from orchestrator.process.lock import RunLock, is_held, read_holder
 from orchestrator.supervisor import Setup, Supervisor, Update
@@ -70,7 +71,7 @@ class Launch:
     changed: tuple[str, ...]
     fresh: bool
     resume_because: str | None
-    data_digest: str | None = None
+    data: Data | None = None
 
 
 def prepare(run: ResolvedRun, *, fresh: bool = False, resume_because: str | None = None) -> Launch:
@@ -97,18 +98,19 @@ def prepare(run: ResolvedRun, *, fresh: bool = False, resume_because: str | None
     changed = check_changes(run) if past is not None else []
     if past is not None:
         past.check(run, store)
-    digest = None
-    if not living:  # one that trains has shown that it can
-        found = preflight(run)
-        digest = found.data_digest
-        problems = [*found.problems, *_moved_data(run, digest, past)]
-        if problems:
-            raise ConfigError(problems)
+    data = None
+    if living:  # one that trains has shown that it can
+        _refuse_other_data(run, changed)
+    else:
+        found = preflight(run, goes_on=past is not None)
+        data = found.data
+        if found.problems:
+            raise ConfigError(list(found.problems))
     if past is None and not fresh and fence.current_epoch(store) is not None:
         if is_held(paths.lock):  # one that was launched at the same time has just begun
             raise RunHeldError(paths.lock, str(read_holder(paths.lock) or "another process"))
         raise RunExistsError(store.url, paths.root)
-    return Launch(run, store, tuple(changed), fresh, resume_because, digest)
+    return Launch(run, store, tuple(changed), fresh, resume_because, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,19 +160,18 @@ def _past(paths: RunPaths) -> _Past | None:
     )
 
 
-def _moved_data(run: ResolvedRun, digest: str | None, past: _Past | None) -> list[Problem]:
-    """Positions in the data refer to the shards that the run began with."""
-    try:
-        known = run.paths.data_digest.read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    if past is None or digest is None or digest == known:
-        return []
-    what = (
-        "the shards are not those that the run began with, and every position in the data would mean another sample; "
-        "bring them back as they were (names, sizes, order), or give the run another name"
-    )
-    return [run.document.problem(("data", "train"), what)]
+def _refuse_other_data(run: ResolvedRun, changed: list[str]) -> None:
+    """A trainer that lives reads what it began with; only the next one would notice."""
+    problems = [
+        run.document.problem(
+            tuple(key.split(".")),
+            "a trainer still runs, and other data only begins with a new attempt; stop the run first, or put it back",
+        )
+        for key in changed
+        if key in ("data.train", "data.format")
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def supervise(launch: Launch, on_update: OnUpdate) -> int:
@@ -184,8 +185,8 @@ def supervise(launch: Launch, on_update: OnUpdate) -> int:
     refuse_network_filesystem(run.paths.root)
     fold_under_old_rules(run)
     write_resolved(run)
-    if launch.data_digest is not None:
-        run.paths.data_digest.write_text(launch.data_digest)
+    if launch.data is not None:
+        replace_file(run.paths.data_book, json.dumps(launch.data.book).encode())
     if launch.fresh:
         _remember_first_epoch(run.paths, fence.current_epoch(launch.store) or 0)
     log_to(run.paths.root / "logs")
@@ -204,6 +205,7 @@ def supervise(launch: Launch, on_update: OnUpdate) -> int:
         code_version=version("longwatch"),
         fresh=launch.fresh,
         resume_because=launch.resume_because,
+        order=launch.data.order if launch.data is not None else None,
     )
     return Supervisor(setup, make_engine, lambda update: on_update(update, engines[-1].incidents())).run()
 

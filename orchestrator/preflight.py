@@ -11,12 +11,16 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config import ResolvedRun
 from orchestrator.documents import Document, Problem
 from orchestrator.errors import OrchestratorError
 from orchestrator.schema_paths import KeyPath
 from trainer.contract.config import MetricsConfig
+from trainer.contract.plan import OrderSpec
 
 #: Beyond the store's own deadline: reading manifests and the sizes of shards, on a slow disk.
 _EXTRA_S = 300.0
@@ -33,16 +37,31 @@ class PreflightError(OrchestratorError):
         super().__init__(f"the check before the start could not be made: {why}; run `longwatch doctor`")
 
 
+class Data(BaseModel):
+    """The trainer's own account of the training data: its book of shards, the order asked for, what is new in words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    book: dict[str, Any]
+    order: OrderSpec
+    changes: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What the look before the start has shown."""
 
     problems: tuple[Problem, ...]
-    data_digest: str | None = None
+    data: Data | None = None
 
 
-def preflight(run: ResolvedRun, *, port: bool = True) -> Found:
-    """Every problem that can be found without starting, placed in run.yaml; and a digest of the training data.
+def preflight(run: ResolvedRun, *, port: bool = True, goes_on: bool = False) -> Found:
+    """Every problem that can be found without starting, placed in run.yaml; and an account of the training data.
+
+    Args:
+        run: what is to be run.
+        port: also look whether the port for metrics is free.
+        goes_on: the run exists, so its data is compared with what it has read so far.
 
     Raises:
         PreflightError: the check could not be made, so nothing is known.
@@ -54,8 +73,8 @@ def preflight(run: ResolvedRun, *, port: bool = True) -> Found:
         file = Path(directory) / "run.yaml"
         file.write_bytes(run.config_json)
         command = [sys.executable, "-m", "trainer.preflight", "--config", str(file), "--json"]
-        asked = _ask(command, run)
-    return Found((*problems, *asked.problems), asked.data_digest)
+        asked = _ask([*command, "--book", str(run.paths.data_book)] if goes_on else command, run)
+    return Found((*problems, *asked.problems), asked.data)
 
 
 def port_problems(metrics: MetricsConfig, document: Document) -> list[Problem]:
@@ -95,7 +114,8 @@ def _ask(command: list[str], run: ResolvedRun) -> Found:
             )
             for row in answer["problems"]
         )
-        return Found(tuple(problems), answer["data_digest"])
+        data = None if answer["data"] is None else Data.model_validate(answer["data"])
+        return Found(tuple(problems), data)
     except subprocess.TimeoutExpired as error:
         raise PreflightError(f"no answer within {limit_s:.0f} s") from error
     except (ValueError, KeyError, TypeError) as error:

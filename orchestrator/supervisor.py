@@ -146,6 +146,7 @@ class Supervisor:
             code_version=setup.code_version,
             adopted=taken.attempt.number if taken.attempt and taken.attempt.pid else None,
             fresh=setup.fresh,
+            order=setup.order,
         )
         self._next_tick_s = time.monotonic()
         self._process([*events, opened])

@@ -38,7 +38,7 @@ from trainer.probe import ProbeBatch
 from trainer.recording import StepFacts, started_fields, step_fields
 from trainer.saving import Saver, SaveSchedule, finite_or_none
 from trainer.schedule import lr_at
-from trainer.setup import Machinery, Workplace
+from trainer.setup import Machinery, Workplace, order_facts
 from trainer.state import Progress, TrainingState, collect
 from trainer.step import PendingResult, StepResult
 
@@ -72,7 +72,7 @@ class Loop:
         self._overlays = machinery.plan.overlays
         self._commands = CommandReader(at.paths.commands(machinery.plan.attempt))
         self._orphan = OrphanWatch(at.reporter, at.config.deadlines.orphan_s, at.parent_pid)
-        self._probe = ProbeBatch(machinery.stream.manifest.vocab_size, at.config.batch.sequence_tokens)
+        self._probe = ProbeBatch(machinery.stream.vocab_size, at.config.batch.sequence_tokens)
         loaded_step = None if machinery.start.loaded is None else self._progress.step
         plan, every = machinery.plan, at.config.checkpoint.every_steps
         schedule = SaveSchedule(every, plan.failure_every_s, loaded_step)
@@ -332,6 +332,7 @@ class Loop:
             "precision": self._m.precision.name,
             "deterministic": self._config.deterministic,
             "compile": self._config.compile,
+            "data": order_facts(self._m.stream.segments, self._progress.position),
         }
         core = self._m.step
         return collect(core.model, core.optimizer, core.scaler, self._progress, self._m.plan.branch, facts)

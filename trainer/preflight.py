@@ -11,14 +11,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from trainer.contract.config import RunConfig
+from trainer.contract.config import DataConfig, RunConfig
 from trainer.contract.exit_codes import ExitCode
 from trainer.contract.store import StoreError, open_store
+from trainer.data.book import bring_up, changes, read_book
 from trainer.data.errors import DataError
 from trainer.data.manifest import DataManifest, Place, load_manifest, verify
 
@@ -45,36 +47,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.preflight", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="run.yaml")
     parser.add_argument("--json", action="store_true", help='print {"problems": [...]} instead of lines')
+    parser.add_argument("--book", type=Path, help="data.json of a run that goes on")
     arguments = parser.parse_args(argv)
-    problems, digest = check_file(arguments.config)
+    found = check_file(arguments.config, arguments.book)
+    problems = found.problems
     if arguments.json:
-        answer = {"problems": [asdict(problem) for problem in problems], "data_digest": digest}
-        sys.stdout.write(json.dumps(answer) + "\n")
+        data = None if found.data is None else asdict(found.data)
+        sys.stdout.write(json.dumps({"problems": [asdict(problem) for problem in problems], "data": data}) + "\n")
     else:
         sys.stdout.writelines(f"{problem}\n" for problem in problems)
     return ExitCode.CONFIG if problems else ExitCode.FINISHED
 
 
-def check_file(path: Path) -> tuple[list[Problem], str | None]:
-    """Every problem of the run that a file describes, and the digest of its training data if that can be read."""
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The training data as a supervisor keeps it: the book of shards, the order asked for, what is new in words."""
+
+    book: dict[str, Any]
+    order: dict[str, Any]
+    changes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Every problem of a run, and its training data if that can be used."""
+
+    problems: list[Problem]
+    data: Data | None = None
+
+
+def check_file(path: Path, book: Path | None = None) -> Found:
+    """Look at the run that a file describes; `book` is that of a run which goes on."""
     try:
         raw = path.read_bytes()
         if len(raw) > _MAX_CONFIG_BYTES:
-            return [Problem("config", f"{path} is larger than {_MAX_CONFIG_BYTES} bytes", "name a run.yaml")], None
+            return _unusable(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes", "name a run.yaml")
         config = RunConfig.model_validate(YAML(typ="safe", pure=True).load(raw))
     except OSError as error:
-        return [Problem("config", f"{path}: {error.strerror}", "name a run.yaml that can be read")], None
+        return _unusable(f"{path}: {error.strerror}", "name a run.yaml that can be read")
     except YAMLError as error:
-        return [Problem("config", f"{path} is not YAML: {error}", "correct it")], None
+        return _unusable(f"{path} is not YAML: {error}", "correct it")
     except ValidationError as error:
-        return [
-            Problem("config", f"{'.'.join(str(part) for part in row['loc'])}: {row['msg']}", "correct it")
-            for row in error.errors()
-        ], None
+        return Found(
+            [
+                Problem("config", f"{'.'.join(str(part) for part in row['loc'])}: {row['msg']}", "correct it")
+                for row in error.errors()
+            ]
+        )
     base = path.absolute().parent
     problems = check(config, base, Path(config.run_dir) if config.run_dir is not None else base)
-    manifest = _manifest_of(config.data.train, config)
-    return problems, None if manifest is None else manifest.digest
+    data, refused = _data_of(config, book)
+    return Found([*problems, *(p for p in refused if p not in problems)], data)
+
+
+def _unusable(what: str, remedy: str) -> Found:
+    return Found([Problem("config", what, remedy)])
+
+
+def _data_of(config: RunConfig, path: Path | None) -> tuple[Data | None, list[Problem]]:
+    try:
+        known = None if path is None else read_book(path)
+        book = bring_up(config.data, known)
+    except DataError as error:
+        return None, [Problem("data", error.what, error.remedy)]
+    order = book.spec(config.data, config.batch.sequence_tokens)
+    news = [] if known is None else changes(known, book)
+    return Data(book.model_dump(mode="json"), order.model_dump(mode="json"), news), []
 
 
 def check(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Problem]:
@@ -85,17 +123,17 @@ def check(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Problem]:
 def data_problems(config: RunConfig) -> list[Problem]:
     """Shards that are missing, truncated or not what the manifest says; too little data; too small a vocabulary."""
     problems = [Problem("data", error.what, error.remedy) for error in verify(config.data)]
-    for url in filter(None, (config.data.train, config.data.validation)):
-        manifest = _manifest_of(url, config)
+    for url, section in config.data.places():
+        manifest = _manifest_of(url, section)
         if manifest is not None:
             problems += _fit_problems(url, manifest, config)
     return problems
 
 
-def _manifest_of(url: str, config: RunConfig) -> DataManifest | None:
+def _manifest_of(url: str, section: DataConfig) -> DataManifest | None:
     """None if it cannot be read, which `verify` has said already."""
     try:
-        return load_manifest(Place.of(url, config.data.storage_options), config.data)
+        return load_manifest(Place.of(url, section.storage_options), section)
     except DataError:
         return None
 

@@ -70,7 +70,7 @@ def worst_sequence(positions: NDArray[np.int64], losses: tuple[float, ...]) -> t
 def started_fields(at: Workplace, machinery: Machinery, probe_loss: float) -> dict[str, Any]:
     """Fields of the `StartedRecord`."""
     config, start = at.config, machinery.start
-    manifest = machinery.stream.manifest
+    stream = machinery.stream
     return {
         "step": start.progress.step,
         "position": start.progress.position,
@@ -80,13 +80,13 @@ def started_fields(at: Workplace, machinery: Machinery, probe_loss: float) -> di
         "precision": machinery.precision.name,
         "device": str(machinery.device),
         "parameters": sum(parameter.numel() for parameter in machinery.model.parameters()),
-        "vocab_size": manifest.vocab_size,
+        "vocab_size": stream.vocab_size,
         "batch_samples": config.batch.sequences,
         "sample_tokens": config.batch.sequence_tokens,
         "total_steps": config.steps,
-        "total_samples": machinery.stream.samples_per_epoch,
-        "shards": tuple(shard.name for shard in manifest.shards),
-        "shard_samples": machinery.stream.shard_samples,
+        "total_samples": stream.samples_per_epoch,
+        "shards": stream.shard_names,
+        "shard_samples": stream.shard_samples,
         "peak_lr": config.optimizer.peak_lr,
         "warmup_steps": config.schedule.warmup_steps,
         "probe_loss": probe_loss,

@@ -19,9 +19,10 @@ from trainer.checkpointing.load import ArenaTier, StoreTier, Tier
 from trainer.contract.config import RunConfig
 from trainer.contract.liveness import LivenessWriter
 from trainer.contract.paths import RunPaths
-from trainer.contract.plan import ResumePlan
+from trainer.contract.plan import ResumePlan, Segment
 from trainer.contract.store import Store, open_store
-from trainer.data.manifest import Place, load_manifest
+from trainer.data.book import Book, bring_up, read_book
+from trainer.data.errors import DataError
 from trainer.data.stream import DataStream
 from trainer.errors import NoCandidateError, SetupError
 from trainer.evaluate import Hook, load_hook
@@ -97,7 +98,8 @@ def build(at: Workplace) -> Machinery:
     device = configure_torch(config)
     seed_everything(config.seed)
     hook = load_hook(config.evaluate.hook)
-    vocab_size = read_vocab_size(config)
+    book = bring_up(config.data, read_book(at.paths.data_book))
+    vocab_size = checked_vocab_size(config, book)
     faults = FaultDesk(Injector(config.faults, at.paths.fault_counts()), at.reporter, at.plan.attempt, vocab_size)
     precision = resolve(config.precision, device)
     log.info("precision", name=precision.name, why=precision.why, device=str(device))
@@ -108,7 +110,7 @@ def build(at: Workplace) -> Machinery:
     faults.after_load(start.progress.step)
     plan = at.plan.anchored(start.progress.step, start.progress.position)
     snapshotter = build_snapshotter(at, start.loaded)
-    stream = open_stream(config, plan, start.progress.position)
+    stream = open_stream(config, book, plan, start)
     if start.loaded is not None:  # last, because building the parts above may throw dice
         restore_rng(start.loaded.extra, config.seed, plan.branch)
     return Machinery(plan, start, step, precision, stream, snapshotter, faults, hook)
@@ -151,18 +153,16 @@ def _compiled(model: GPT) -> Callable[..., Forward]:
     return call
 
 
-def read_vocab_size(config: RunConfig) -> int:
-    """The vocabulary of the training data, before anything is built for it.
+def checked_vocab_size(config: RunConfig, book: Book) -> int:
+    """The vocabulary of the run's data, before anything is built for it.
 
     Raises:
         SetupError: the configured model is too small for it.
-        DataError: there is no such data.
     """
-    found = load_manifest(Place.of(config.data.train, config.data.storage_options), config.data).vocab_size
-    if config.model.vocab_size is not None and config.model.vocab_size < found:
-        what = f"model.vocab_size {config.model.vocab_size} is less than the {found} of the data"
+    if config.model.vocab_size is not None and config.model.vocab_size < book.vocab_size:
+        what = f"model.vocab_size {config.model.vocab_size} is less than the {book.vocab_size} of the data"
         raise SetupError(what, "raise it, or leave it out")
-    return found
+    return book.vocab_size
 
 
 def build_snapshotter(at: Workplace, loaded: Loaded | None) -> Snapshotter:
@@ -177,17 +177,38 @@ def build_snapshotter(at: Workplace, loaded: Loaded | None) -> Snapshotter:
     return Snapshotter(at.paths.arena, author)
 
 
-def open_stream(config: RunConfig, plan: ResumePlan, position: int) -> DataStream:
-    """The training data from a raw position on."""
-    return DataStream(
+def open_stream(config: RunConfig, book: Book, plan: ResumePlan, start: Start) -> DataStream:
+    """The training data from the raw position of the loaded state on.
+
+    Raises:
+        DataError: up to there, the plan's order is not the one that the checkpoint was trained on.
+    """
+    position = start.progress.position
+    stream = DataStream(
         config.data,
         sample_tokens=config.batch.sequence_tokens,
+        book=book,
         segments=plan.segments,
         skips=plan.skips,
         quarantines=plan.quarantines,
         position=position,
         planned_samples=plan.deferred_from,
     )
+    if start.loaded is not None:
+        trained_on = start.loaded.extra["facts"].get("data")
+        if trained_on is not None and trained_on != order_facts(stream.segments, position):
+            stream.close()
+            raise DataError(
+                f"checkpoint {start.loaded.manifest.commit} was trained on another order of the data than the plan has "
+                f"before raw position {position}",
+                "bring data, data.json and run.yaml back as they were; the checkpoint itself is sound",
+            )
+    return stream
+
+
+def order_facts(segments: tuple[Segment, ...], position: int) -> list[dict[str, Any]]:
+    """What a checkpoint keeps of the order: the segments that were read from before its raw position."""
+    return [segment.model_dump(mode="json") for segment in segments if segment.from_position < position]
 
 
 def nearer_tiers(paths: RunPaths) -> tuple[Tier, ...]:

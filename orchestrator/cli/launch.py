@@ -66,6 +66,8 @@ def _watch(ready: Launch) -> None:
     console = out(cast("IO[str] | None", output))
     if ready.changed:
         console.print(line("changed", keys=",".join(ready.changed)), markup=False)
+    for change in ready.data.changes if ready.data is not None else ():
+        console.print(line("data", change=change), markup=False)
     console.print(line("run", dir=str(ready.run.paths.root), store=ready.store.url), markup=False)
     display = display_for(console)
     watcher = _Watcher(display)

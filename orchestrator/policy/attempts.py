@@ -13,7 +13,7 @@ from orchestrator.policy.model import Actions
 from orchestrator.policy.rules import matching
 from orchestrator.policy.state import EngineState, Incident, Recovery
 from orchestrator.recovery.target import process_candidates
-from trainer.contract.plan import ReplaySpec, ResumePlan
+from trainer.contract.plan import ReplaySpec, ResumePlan, Segment
 
 _IDLE_MOST_S = 300.0
 _ASSUMED_S = 86_400.0
@@ -37,6 +37,7 @@ def start(ctx: Context, recovery: Recovery, wait_s: float = 0.0) -> None:
         fresh=not recovery.candidates,
         branch=state.branch,
         reanchor=recovery.reanchor,
+        segments=_segments(ctx),
         skips=tuple(state.skips),
         deferred_from=state.deferred_from,
         quarantines=tuple(state.quarantines),
@@ -59,6 +60,29 @@ def failure_every_s(state: EngineState) -> float:
     """Mean time between failures of the process: observed, with one failure a day assumed beforehand."""
     failures = sum(incident.cls in (IncidentClass.CRASH, IncidentClass.HANG) for incident in state.incidents)
     return (state.trained_s + _ASSUMED_S) / (failures + 1)
+
+
+def _segments(ctx: Context) -> tuple[Segment, ...]:
+    """The order of the data. Another one begins where nothing was read, nor anything decided by position."""
+    state = ctx.state
+    if state.order is not None and (not state.segments or state.segments[-1].spec != state.order):
+        begin = max([state.position, *(skip.end for skip in state.skips)])
+        ahead = [segment for segment in state.segments if segment.from_position >= begin]
+        kept = [segment for segment in state.segments if segment not in ahead]
+        segment = Segment(from_position=begin if kept else 0, **dict(state.order))
+        if kept and kept[-1].spec == state.order:  # back to what it was, before anything else was read
+            state.segments = kept
+        else:
+            state.segments = [*kept, segment]
+            if kept:
+                ctx.notify("info", "data changed", _said(kept[-1], segment))
+    return tuple(state.segments)
+
+
+def _said(old: Segment, new: Segment) -> str:
+    mix = ", ".join(f"{share.source} {share.weight:g}" for share in new.mix)
+    added = new.num_shards - old.num_shards
+    return f"from raw position {new.from_position} on: {mix}; {added} shards were added to the {old.num_shards}"
 
 
 def on_exit(ctx: Context, event: AttemptExited) -> Incident | None:

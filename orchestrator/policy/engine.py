@@ -106,6 +106,8 @@ class Engine:
             event.policy_digest,
         ):
             ctx.notify("info", "configuration changed", "run.yaml or policy differ from those of the last launch")
+        if event.order is not None:
+            state.order = event.order
         state.config_digest, state.policy_digest = event.config_digest, event.policy_digest
         if state.phase == "new":
             attempts.start(ctx, Recovery(kind="restart", because="first launch"))

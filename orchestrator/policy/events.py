@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from monitors.records import Record
+from trainer.contract.plan import OrderSpec
 
 
 class _Event(BaseModel):
@@ -17,7 +18,10 @@ class _Event(BaseModel):
 
 
 class RunOpened(_Event):
-    """A supervisor took the run: first launch, or again after its own end. `adopted` names a living attempt."""
+    """A supervisor took the run: first launch, or again after its own end. `adopted` names a living attempt.
+
+    `order` is the order of the data that the configuration asks for, None where nothing has looked at the data.
+    """
 
     kind: Literal["run_opened"] = "run_opened"
     run_id: str
@@ -26,6 +30,7 @@ class RunOpened(_Event):
     code_version: str
     adopted: int | None = None
     fresh: bool = False
+    order: OrderSpec | None = None
 
 
 class RecordReceived(_Event):

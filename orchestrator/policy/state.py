@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from monitors.taxonomy import Evidence, IncidentClass
 from orchestrator.recovery.retention import Spacing
-from trainer.contract.plan import Overlay, Quarantine, SkipRange
+from trainer.contract.plan import OrderSpec, Overlay, Quarantine, Segment, SkipRange
 
 Verdict = Literal["hardware", "data", "data_and_state", "state", "inconclusive"]
 RunPhase = Literal[
@@ -180,6 +180,8 @@ class EngineState(_Mutable):
     shard_samples: list[int] = Field(default_factory=list)
     commits: list[Commit] = Field(default_factory=list)
     abandoned: list[str] = Field(default_factory=list, description="commits of branches that were rolled back")
+    order: OrderSpec | None = Field(default=None, description="of the data, as the configuration asks for it")
+    segments: list[Segment] = Field(default_factory=list, description="of the order, as it has been decided")
     deferred_from: int | None = Field(default=None, description="end of the plan when a skip was first decided")
     skips: list[SkipRange] = Field(default_factory=list)
     quarantines: list[Quarantine] = Field(default_factory=list)

@@ -121,7 +121,7 @@ def test_run_directory_without_its_source_says_what_to_do(tmp_path: Path) -> Non
         ("model.width=1536", True),
         ("batch.sequence_tokens=64", True),
         ("data.seed=9", True),
-        ("data.train=elsewhere", True),
+        ("data.train=elsewhere", False),
         ("store.url=s3://b/p", True),
     ],
 )

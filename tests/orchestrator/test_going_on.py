@@ -1,5 +1,6 @@
 """A run that exists, launched again: what is refused, what is said, and that nothing is lost by it."""
 
+import json
 from contextlib import closing
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from orchestrator.cli.app import run
 from orchestrator.config import resolve, write_resolved
 from orchestrator.launching import HaltedError, RunExistsError, prepare, set_aside
 from orchestrator.policy.decisions import EndRun
+from orchestrator.preflight import Data
+from orchestrator.process.lock import RunLock
 from tests.orchestrator.clirun import write_journal, write_run
 from trainer.contract import fence
 from trainer.contract.paths import RunPaths
@@ -108,19 +111,64 @@ def test_fewer_steps_than_are_done_are_refused(here: Path, capsys: pytest.Captur
     assert "50 steps are done already" in capsys.readouterr().err
 
 
-def test_data_that_moved_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One shard more, and every position in the data would mean another sample."""
+def _begun(here: Path) -> tuple[Path, Data]:
+    """A run that was stopped, and what its launch knew of the data."""
     file = write_run(here)
     made = resolve(file)
     write_resolved(made)
     write_journal(made.paths, state="stopped")
-    digest = prepare(made).data_digest
-    assert digest is not None
-    made.paths.data_digest.write_text(digest)
-    (here / "corpus" / "shard-000a.bin").write_bytes((here / "corpus" / "shard-000.bin").read_bytes())
+    found = prepare(made).data
+    assert found is not None
+    made.paths.data_book.write_text(json.dumps(found.book))
+    return file, found
+
+
+def test_shards_that_changed_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every position in the data would mean another sample; what is allowed is said."""
+    _begun(here)
+    shard = here / "corpus" / "shard-000.bin"
+    shard.rename(here / "corpus" / "shard-00x.bin")
 
     assert run(["launch", "run.yaml"]) == 2
-    assert "not those that the run began with" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "shard-000.bin is missing" in said
+    assert "not the shards that the run began with" in said
+    assert "shards may be added" in said
+
+
+def test_shards_that_were_added_get_the_next_numbers(here: Path) -> None:
+    """Wherever they sort in their directory; what was known keeps its numbers, and it is said what is new."""
+    file, before = _begun(here)
+    (here / "corpus" / "shard-000a.bin").write_bytes((here / "corpus" / "shard-000.bin").read_bytes())
+
+    found = prepare(resolve(file)).data
+
+    assert found is not None
+    assert found.changes == ("source train has 1 more shards, which it reads from its next epoch on",)
+    assert found.book["shards"][:-1] == before.book["shards"]
+    assert found.book["shards"][-1]["shard"]["name"] == "shard-000a.bin"
+    assert found.order != before.order
+
+
+def test_data_that_moved_is_the_same_data(here: Path) -> None:
+    """The order does not depend on where the shards lie."""
+    file, before = _begun(here)
+    (here / "corpus").rename(here / "elsewhere")
+
+    found = prepare(resolve(file, ["data.train=elsewhere", "data.validation=elsewhere"])).data
+
+    assert found is not None
+    assert found.order == before.order
+    assert found.changes == (f"source train has moved to {here / 'elsewhere'}",)
+
+
+def test_other_data_waits_until_the_trainer_has_ended(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that lives reads what it began with."""
+    _begun(here)
+    child_lock = resolve(here / "run.yaml").paths.child_lock
+    with RunLock(child_lock):
+        assert run(["launch", "run.yaml", "--set", "data.train=elsewhere"]) == 2
+    assert "a trainer still runs" in capsys.readouterr().err
 
 
 def test_a_store_that_is_not_mounted_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from trainer.preflight import Problem, check_file, main
 
 def problems(run: TinyRun) -> list[Problem]:
     """What preflight finds in a run's configuration."""
-    return check_file(run.paths.run_yaml)[0]
+    return check_file(run.paths.run_yaml).problems
 
 
 def test_a_sound_run_has_no_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,5 +76,5 @@ def test_what_is_no_configuration_is_said_so(tmp_path: Path, text: str) -> None:
     """Neither a traceback nor silence."""
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    assert check_file(file)[0][0].where == "config"
-    assert check_file(tmp_path / "absent.yaml")[0][0].where == "config"
+    assert check_file(file).problems[0].where == "config"
+    assert check_file(tmp_path / "absent.yaml").problems[0].where == "config"

@@ -47,5 +47,5 @@ def token_at(shard: int, index: Tokens) -> Tokens:
 
 def config(root: Path | str, **changes: Any) -> DataConfig:
     """A data section with blocks and windows that a small corpus has several of."""
-    fields: dict[str, Any] = {"vocab_size": VOCABULARY, "block_samples": 8, "window_blocks": 2, "validation": str(root)}
-    return DataConfig(train=str(root), **fields | changes)
+    fields = {"vocab_size": VOCABULARY, "block_samples": 8, "window_blocks": 2, "validation": str(root)}
+    return DataConfig(**{"train": str(root), **fields, **changes})

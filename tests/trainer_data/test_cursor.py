@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.contract.plan import Quarantine, SkipRange
-from trainer.data.cursor import Cursor
+from trainer.data.cursor import Cursor, Fate
 from trainer.data.errors import ExhaustedError
 from trainer.data.order import I64
 
@@ -42,7 +42,7 @@ def _is_out(position: int, skips: tuple[SkipRange, ...], quarantines: tuple[Quar
 def _cursor(
     position: int, skips: tuple[SkipRange, ...], quarantines: tuple[Quarantine, ...], planned: int | None = None
 ) -> Cursor:
-    cursor = Cursor(shard_of, position, planned, frozenset(range(NUM_SHARDS)))
+    cursor = Cursor(shard_of, position, planned, lambda _: frozenset(range(NUM_SHARDS)))
     cursor.apply(skips, quarantines)
     return cursor
 
@@ -122,6 +122,23 @@ def test_an_extended_run_goes_on_where_the_raw_order_was_left(skips: tuple[SkipR
     dropped = {p for s in skips if s.then == "drop" for p in range(s.begin, s.end)}
     assert len(set(read)) == len(read)
     assert set(read) | dropped == set(range(max(read) + 1))
+
+
+@given(skip_plans, quarantine_plans, st.integers(100, 300))
+def test_the_inverse_says_when_each_sample_is_read(
+    skips: tuple[SkipRange, ...], quarantines: tuple[Quarantine, ...], planned: int
+) -> None:
+    """For every sample of the raw order: the position at which `take` gives it, or why it never does."""
+    cursor = _cursor(0, skips, quarantines, planned)
+    take = cursor.take(900)
+    sources = np.arange(500)
+    positions, fates = cursor.read_at(sources, shard_of(sources))
+    taken = dict(zip(take.sources.tolist(), take.positions.tolist(), strict=True))
+    for source, position, fate in zip(sources.tolist(), positions.tolist(), fates.tolist(), strict=True):
+        if fate in (Fate.READ, Fate.DEFERRED):
+            assert taken[source] == position
+        else:
+            assert source not in taken
 
 
 def test_deferred_samples_of_a_quarantined_shard_stay_out() -> None:

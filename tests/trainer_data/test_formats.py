@@ -7,8 +7,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from tests.trainer_data.shards import llmc, megatron
+from trainer.contract.config import Format
 from trainer.data.errors import DataError
-from trainer.data.formats import Format, inspect, read_tokens
+from trainer.data.formats import inspect, read_tokens
 
 FS = LocalFileSystem()
 TOKENS = np.arange(500) % 300

@@ -133,18 +133,17 @@ def test_all_shards_quarantined(tmp_path: Path) -> None:
 def test_the_plans_segment_gives_the_seed(tmp_path: Path) -> None:
     """Of matching data the segment's seed rules, not the configuration's."""
     data = config(corpus(tmp_path))
-    digest = _open(data).manifest.digest
-    segment = Segment(from_position=0, manifest=digest, seed=99, sample_tokens=LENGTH)
+    (segment,) = _open(data.model_copy(update={"seed": 99})).segments
     rows = _rows(_open(data, segments=(segment,)).next_batch(30))
     assert rows == _rows(_open(data.model_copy(update={"seed": 99})).next_batch(30))
     assert rows != _rows(_open(data).next_batch(30))
 
 
-@pytest.mark.parametrize("change", [{"manifest": "0" * 64}, {"sample_tokens": LENGTH + 1}])
+@pytest.mark.parametrize("change", [{"manifest": "0" * 64}, {"sample_tokens": LENGTH + 1}, {"num_shards": 9}])
 def test_data_that_is_not_the_plans_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
-    """Another digest or sample length would silently read something else."""
+    """Another digest, length or number of shards would silently read something else."""
     data = config(corpus(tmp_path))
-    segment = Segment(from_position=0, manifest=_open(data).manifest.digest, seed=1, sample_tokens=LENGTH)
+    (segment,) = _open(data).segments
     with pytest.raises(DataError, match="not the data that this run began with"):
         _open(data, segments=(segment.model_copy(update=change),))
 

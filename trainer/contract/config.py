@@ -7,7 +7,7 @@ Torch-free, because the supervisor validates it before anything starts. Defaults
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from trainer.contract.durations import StoredDurationS
 from trainer.contract.secrets import plain_secrets
@@ -72,12 +72,37 @@ class BatchConfig(Section):
         return self
 
 
+Format = Literal["auto", "llmc", "raw_u16", "raw_u32", "npy", "megatron"]
+LONE_SOURCE = "train"  # what a source that has no name of its own is called
+
+
+def _without_password(url: str) -> str:
+    if urlsplit(url).password is not None:
+        raise ValueError("a password in a URL ends up in logs; use data.storage_options with {env: NAME}")
+    return url
+
+
+DataUrl = Annotated[str, AfterValidator(_without_password)]
+
+
+class SourceConfig(Section):
+    """One of several sources of training data."""
+
+    source: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its name, kept for the whole run")
+    url: DataUrl = Field(description="URL of a directory with manifest.json, or with shards")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="its part of what is read, beside the others'")
+    format: Format | None = Field(None, description="None: data.format")
+    vocab_size: int | None = Field(None, ge=2, description="of data without a manifest; None: data.vocab_size")
+
+
 class DataConfig(Section):
     """Token shards on any fsspec URL, prepared by `longwatch data prepare` or brought along."""
 
-    train: str = Field(description="URL of a directory with manifest.json, or with shards")
-    validation: str | None = Field(None, description="URL of held-out shards; None: no evaluation")
-    format: Literal["auto", "llmc", "raw_u16", "raw_u32", "npy", "megatron"] = "auto"
+    train: DataUrl | tuple[SourceConfig, ...] = Field(
+        description="URL of a directory with manifest.json, or with shards; or a list of sources that are blended"
+    )
+    validation: DataUrl | None = Field(None, description="URL of held-out shards; None: no evaluation")
+    format: Format = "auto"
     vocab_size: int | None = Field(None, ge=2, description="of data without a manifest")
     seed: int = 1234
     block_samples: int = Field(64, ge=1, description="samples that lie together in a shard and stay together")
@@ -89,13 +114,6 @@ class DataConfig(Section):
         default_factory=dict, repr=False, description="of the filesystem; a secret is written {env: NAME}"
     )
 
-    @field_validator("train", "validation")
-    @classmethod
-    def _no_password_in_it(cls, url: str | None) -> str | None:
-        if url is not None and urlsplit(url).password is not None:
-            raise ValueError("a password in a URL ends up in logs; use data.storage_options with {env: NAME}")
-        return url
-
     @field_validator("storage_options")
     @classmethod
     def _no_secret_as_text(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -105,6 +123,30 @@ class DataConfig(Section):
                 "set that environment variable"
             )
         return options
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> Self:
+        names = [source.source for source in self.sources]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"train needs sources, each with a name of its own, got {names}")
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of the training data; a URL alone is one source."""
+        if isinstance(self.train, str):
+            return (SourceConfig(source=LONE_SOURCE, url=self.train),)
+        return self.train
+
+    def places(self) -> list[tuple[str, Self]]:
+        """Every URL with tokens, training and validation, each with this section as it holds for it."""
+        training = [(source.url, self.of(source)) for source in self.sources]
+        return training if self.validation is None else [*training, (self.validation, self)]
+
+    def of(self, source: SourceConfig) -> Self:
+        """This section as it holds for one source."""
+        changes = {"format": source.format or self.format, "vocab_size": source.vocab_size or self.vocab_size}
+        return self.model_copy(update=changes)
 
 
 class EvaluateConfig(Section):

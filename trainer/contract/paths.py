@@ -31,9 +31,9 @@ class RunPaths:
         return self.root / "policy.yaml"
 
     @property
-    def data_digest(self) -> Path:
-        """Digest of the training data's manifest at the first launch; positions in the data refer to it."""
-        return self.root / "data-digest"
+    def data_book(self) -> Path:
+        """The run's shards by number; positions in the data refer to it."""
+        return self.root / "data.json"
 
     @property
     def lock(self) -> Path:

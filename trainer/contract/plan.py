@@ -67,13 +67,32 @@ def overlay_factor(overlays: tuple[Overlay, ...], step: int) -> float:
     return min((overlay.at(step) for overlay in overlays), default=1.0)
 
 
-class Segment(Contract):
-    """From this raw position on the order is that of `manifest` under `seed`, in samples of `sample_tokens`."""
+class Share(Contract):
+    """A source of a blend: one of `weight` parts of what is read."""
 
-    from_position: int = Field(ge=0)
-    manifest: str = Field(description="digest of the data manifest")
+    source: str
+    weight: float = Field(gt=0, allow_inf_nan=False)
+
+
+class OrderSpec(Contract):
+    """What fixes the raw order: the first `num_shards` of the run's shards, how they are blended, seed and length."""
+
+    manifest: str = Field(description="digest of these shards")
+    num_shards: int = Field(gt=0)
+    mix: tuple[Share, ...] = Field(min_length=1)
     seed: int
     sample_tokens: int = Field(gt=0)
+
+
+class Segment(OrderSpec):
+    """From this raw position on the order is this one."""
+
+    from_position: int = Field(ge=0)
+
+    @property
+    def spec(self) -> OrderSpec:
+        """What it fixes, wherever it begins."""
+        return OrderSpec(**{name: getattr(self, name) for name in OrderSpec.model_fields})
 
 
 class ReplaySpec(Contract):

@@ -9,17 +9,25 @@ A skip must begin at or behind the cursor of the moment it is decided: then noth
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
-import numpy.typing as npt
 
 from trainer.contract.plan import Quarantine, SkipRange
 from trainer.data.errors import ExhaustedError
-from trainer.data.order import I64
-
-Bools = npt.NDArray[np.bool_]
+from trainer.data.order import I64, Bools
 
 ShardOf = Callable[[I64], I64]
+ShardsFrom = Callable[[int], frozenset[int]]  # those that may come at or after a raw position
+
+
+class Fate(IntEnum):
+    """What a plan makes of a sample."""
+
+    READ = 0
+    DEFERRED = 1  # read, but at the end of the plan
+    SKIPPED = 2
+    QUARANTINED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +57,12 @@ class Cursor:
 
     def __init__(
         self, shard_of: ShardOf, position: int = 0, planned: int | None = None,
-        shards: frozenset[int] | None = None,
+        shards_from: ShardsFrom | None = None,
     ) -> None:  # fmt: skip
         self.position = position
         self._shard_of = shard_of
         self._planned = planned
-        self._shards = shards  # those that hold samples; None: not known
+        self._shards_from = shards_from  # None: not known
         self._skips: list[tuple[int, int]] = []
         self._deferred: I64 = np.empty(0, dtype=np.int64)
         self._quarantines: dict[int, int] = {}
@@ -109,12 +117,31 @@ class Cursor:
         finally:
             self.position = position
 
+    def read_at(self, sources: I64, shards: I64) -> tuple[I64, I64]:
+        """The inverse of `take`, for samples where they lie in the raw order: when each is read, and its `Fate`.
+
+        Of those that are never read the position is the one at which they would have been.
+        """
+        planned = self._planned if self._planned is not None else 1 << 62
+        late = np.searchsorted(self._deferred, sources)
+        deferred = np.isin(sources, self._deferred) & (self._planned is not None)
+        shifted = sources + np.where(sources >= planned, self._deferred.size, 0)
+        positions = np.where(deferred, planned + late, shifted)
+        fates = np.where(deferred, Fate.DEFERRED, Fate.READ).astype(np.int64)
+        for begin, end in self._skips:
+            fates[(positions >= begin) & (positions < end)] = Fate.SKIPPED
+        fates[self._quarantined(positions, shards)] = Fate.QUARANTINED
+        return positions, fates
+
     def _refuse_to_search_for_ever(self) -> None:
+        if self._shards_from is None or not self._quarantines:
+            return
         out = {shard for shard, from_position in self._quarantines.items() if from_position <= self.position}
-        if self._shards is not None and self._shards <= out:
+        left = self._shards_from(self.position)
+        if left <= out:
             raise ExhaustedError(
-                f"all {len(self._shards)} shards are quarantined at raw position {self.position}",
-                "unquarantine some, or prepare other data",
+                f"all {len(left)} shards are quarantined at raw position {self.position}",
+                "unquarantine some, or add other data",
             )
 
     def _run(self, most: int) -> I64:

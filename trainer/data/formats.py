@@ -7,14 +7,14 @@ datatrove), real `.npy`, Megatron `.bin` beside `.idx`. Layouts are those of the
 import io
 import struct
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from trainer.contract.config import Format
 from trainer.data.errors import DataError, DataUnreachableError
 
-Format = Literal["auto", "llmc", "raw_u16", "raw_u32", "npy", "megatron"]
 Tokens = npt.NDArray[Any]
 
 LLMC_HEADER_BYTES = 1024

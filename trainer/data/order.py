@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SALTS = tuple(np.uint64((number * 0x9E3779B97F4A7C15) % 2**64) for number in range(1, 7))  # one for each round
@@ -28,11 +29,13 @@ def _mix(values: U64) -> U64:
     return values ^ (values >> np.uint64(33))
 
 
-def _key(*parts: int) -> np.uint64:
-    key = np.zeros(1, dtype=np.uint64)
+def key(*parts: "int | I64") -> U64:
+    """Keys from several numbers, or arrays of them; the last says what a key is for."""
+    mixed = np.zeros(1, dtype=np.uint64)
     for part in parts:
-        key = _mix(key + _GOLDEN + np.asarray([part % 2**64], dtype=np.uint64))
-    return np.uint64(key[0])
+        number = np.asarray([part % 2**64], dtype=np.uint64) if isinstance(part, int) else part.astype(np.uint64)
+        mixed = _mix(mixed + _GOLDEN + number)
+    return mixed
 
 
 def _half_bits(size: int) -> int:
@@ -95,8 +98,8 @@ class Order:
 
     def positions(self, samples: Sequence[int] | I64, epoch: int) -> I64:
         """The inverse: raw positions at which an epoch reads these samples."""
-        numbers = np.asarray(samples, dtype=np.int64) + epoch * self.total
-        return self._map(numbers, inverse=True) + epoch * self.total
+        base = epoch * self.total
+        return self._map(np.asarray(samples, dtype=np.int64) + base, inverse=True) + base
 
     def extent(self, shard: int) -> tuple[int, int]:
         """Sample numbers [first, last) of a shard."""
@@ -107,47 +110,54 @@ class Order:
         shards = np.searchsorted(self._starts, samples, side="right").astype(np.int64) - 1
         return shards, samples - self._starts[shards]
 
+    def block_extents(self, samples: I64, shards: I64) -> tuple[I64, I64]:
+        """Samples [first, last) of its shard that lie in the block of each sample."""
+        starts, begins = self._starts[shards], samples // self.block_samples * self.block_samples
+        ends = np.minimum(begins + self.block_samples, self._starts[shards + 1])
+        return np.maximum(begins, starts) - starts, ends - starts
+
     def _map(self, positions: I64, *, inverse: bool) -> I64:
-        result = np.empty_like(positions)
+        """All epochs at once, each under its own keys. The last, shorter block keeps its place at the end."""
         epochs = positions // self.total
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            local = (positions[chosen] % self.total).astype(np.uint64)
-            result[chosen] = self._map_epoch(local, int(epoch), inverse=inverse).astype(np.int64)
-        return result
+        values = (positions - epochs * self.total).astype(np.uint64)
+        end = self.total // self.block_samples * self.block_samples
+        tail = values >= np.uint64(end)
+        result = np.empty_like(values)
+        result[tail] = self._tail(values[tail], epochs[tail], end, inverse=inverse)
+        if end:
+            result[~tail] = self._inner(values[~tail], epochs[~tail], inverse=inverse)
+        return result.astype(np.int64)
 
-    def _map_epoch(self, values: U64, epoch: int, *, inverse: bool) -> U64:
-        """Within an epoch. The last, shorter block keeps its place at the end; all others are permuted."""
+    def _inner(self, values: U64, epochs: I64, *, inverse: bool) -> U64:
         block = np.uint64(self.block_samples)
-        num_blocks = self.total // self.block_samples
-        result = values.copy()
-        inner = values < np.uint64(num_blocks * self.block_samples)
-        if not inner.any():
-            return result
-        chosen = values[inner]
         if inverse:
-            slots = self._blocks(chosen // block, num_blocks, epoch, inverse=True)
-            result[inner] = self._windows(slots * block + chosen % block, num_blocks, epoch, inverse=True)
-        else:
-            within = self._windows(chosen, num_blocks, epoch, inverse=False)
-            blocks = self._blocks(within // block, num_blocks, epoch, inverse=False)
-            result[inner] = blocks * block + within % block
-        return result
+            slots = self._blocks(values // block, epochs, inverse=True)
+            return self._windows(slots * block + values % block, epochs, inverse=True)
+        within = self._windows(values, epochs, inverse=False)
+        return self._blocks(within // block, epochs, inverse=False) * block + within % block
 
-    def _blocks(self, slots: U64, num_blocks: int, epoch: int, *, inverse: bool) -> U64:
-        keys = np.full(slots.shape, _key(self.seed, epoch, 1), dtype=np.uint64)
-        return permute(slots, num_blocks, keys, inverse=inverse)
+    def _keys(self, epochs: I64, purpose: int) -> U64:
+        different, which = np.unique(epochs, return_inverse=True)
+        return key(self.seed, different, purpose)[which]
 
-    def _windows(self, values: U64, num_blocks: int, epoch: int, *, inverse: bool) -> U64:
+    def _tail(self, values: U64, epochs: I64, begin: int, *, inverse: bool) -> U64:
+        """Permute the samples of the last, shorter block among themselves."""
+        base = np.uint64(begin)
+        return base + permute(values - base, self.total - begin, self._keys(epochs, 4), inverse=inverse)
+
+    def _blocks(self, slots: U64, epochs: I64, *, inverse: bool) -> U64:
+        return permute(slots, self.total // self.block_samples, self._keys(epochs, 1), inverse=inverse)
+
+    def _windows(self, values: U64, epochs: I64, *, inverse: bool) -> U64:
         """Permute samples within windows; the last window may be shorter."""
         window = self.window_blocks * self.block_samples
         numbers = values // np.uint64(window)
-        keys = _mix(_key(self.seed, epoch, 2) + numbers * _GOLDEN)
-        full = (num_blocks // self.window_blocks) * window
+        keys = _mix(self._keys(epochs, 2) + numbers * _GOLDEN)
+        end = self.total // self.block_samples * self.block_samples
+        full = end // window * window
         result = np.empty_like(values)
-        for inside, size in ((values < np.uint64(full), window), (values >= np.uint64(full), None)):
+        for inside, length in ((values < np.uint64(full), window), (values >= np.uint64(full), end - full)):
             if inside.any():
-                length = size or num_blocks * self.block_samples - full
                 base = numbers[inside] * np.uint64(window)
                 result[inside] = base + permute(values[inside] - base, length, keys[inside], inverse=inverse)
         return result

@@ -1,0 +1,115 @@
+"""Data that changes while a run goes on, and data that runs out, on real processes."""
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.journal import Batch, Journal
+from orchestrator.policy.state import EngineState
+from tests.runs import Run, tiny_config, write_corpus
+from tests.trainer.attempts import TinyRun
+from trainer.contract.config import DataConfig
+from trainer.contract.exit_codes import ExitCode
+from trainer.contract.plan import Segment
+from trainer.data.book import read_book, timeline_of
+from trainer.data.stream import DataStream
+
+pytestmark = pytest.mark.training
+
+
+def _with_sources(config: dict[str, Any], steps: int, **sources: tuple[Path, float]) -> dict[str, Any]:
+    train = [{"source": name, "url": str(url), "weight": weight} for name, (url, weight) in sources.items()]
+    return {**config, "steps": steps, "data": {**config["data"], "train": train}}
+
+
+def _shards_of(run: Run, segments: tuple[Segment, ...], begin: int, end: int) -> dict[int, int]:
+    """Shard -> sequences of a raw range, by the order's own arithmetic."""
+    data = DataConfig.model_validate_json(json.dumps(run.config["data"]))
+    book = read_book(run.paths.data_book)
+    assert book is not None
+    shards = timeline_of(segments, book, data).shards_of(np.arange(begin, end))
+    return {int(shard): int((shards == shard).sum()) for shard in np.unique(shards)}
+
+
+def test_a_source_is_added_to_a_run_that_goes_on(tmp_path: Path, corpus: Path) -> None:
+    """From where the run stands on; what was read keeps its order, over a crash back across the boundary too."""
+    config = tiny_config(corpus, steps=24, evaluate={"every_steps": 1000}, checkpoint={"every_steps": 10})
+    first = Run(tmp_path, config)
+    first.launch()
+    more = write_corpus(tmp_path / "more", num_shards=2, seed=9)
+    die = {"kind": "sigkill", "steps": [33, 33]}
+    changed = _with_sources(config, 48, train=(corpus, 3.0), more=(more, 1.0))
+    again = Run(tmp_path, {**changed, "faults": [die]})
+
+    output = again.launch()
+
+    assert "source more is new, with 2 shards" in output
+    assert "data changed" in output
+    segments = tuple(Segment.model_validate(row) for row in again.plan(3)["segments"])
+    assert [segment.from_position for segment in segments] == [0, 24 * 8]
+    steps = again.surviving_steps()
+    assert sorted(steps) == list(range(1, 49))
+    for row in steps.values():
+        expected = _shards_of(again, segments, row["data"]["begin"], row["data"]["end"])
+        assert {int(shard): count for shard, (count, _) in row["shards"].items()} == expected
+    started = again.records(2, "started")[0]
+    assert (started["shards"][0], started["shards"][-1]) == ("train/shard-000.bin", "more/shard-001.bin")
+    assert any(int(shard) >= 8 for row in steps.values() for shard in row["shards"])
+    assert not any(int(shard) >= 8 for step, row in steps.items() if step <= 24 for shard in row["shards"])
+
+
+def test_more_steps_reorder_nothing(tmp_path: Path, corpus: Path) -> None:
+    """The second launch goes on behind the first; there is one segment, and consecutive ranges tile."""
+    config = tiny_config(corpus, steps=12, evaluate={"every_steps": 1000})
+    Run(tmp_path, config).launch()
+    again = Run(tmp_path, {**config, "steps": 24})
+    again.launch()
+    (segment,) = again.plan(2)["segments"]
+    assert segment["from_position"] == 0
+    assert again.plan(1)["segments"] == [segment]
+    assert [row["data"]["begin"] for row in again.surviving_steps().values()] == [8 * n for n in range(24)]
+
+
+def test_nothing_left_to_read_halts_the_run(tmp_path: Path, corpus: Path) -> None:
+    """Every shard in quarantine: one attempt finds out, a restart could not help, a person is paged; no crash loop."""
+    config = tiny_config(corpus, steps=12, evaluate={"every_steps": 1000})
+    run = Run(tmp_path, config)
+    run.launch()
+    _quarantine_everything(run)
+    again = Run(tmp_path, {**config, "steps": 24})
+
+    output = again.launch(expect=3)
+
+    assert "all 8 shards are quarantined at raw position 96; unquarantine some, or add other data" in output
+    assert [attempt["cause"] for attempt in again.attempts()] == ["finished", "data"]
+    incident = again.incident("data_error")
+    assert "halt" in incident["decision"]
+    assert max(again.surviving_steps()) == 12
+
+
+def _quarantine_everything(run: Run) -> None:
+    """As if each shard had been convicted in its turn."""
+    with closing(Journal.open(run.paths.database)) as journal:
+        _, raw = journal.newest_snapshot()
+        assert raw is not None
+        snapshot = json.loads(raw)
+        state = EngineState.model_validate(snapshot["state"])
+        shut = [{"shard": shard, "from_position": state.position} for shard in range(8)]
+        snapshot["state"]["quarantines"] = shut
+        journal.commit(Batch(snapshot=json.dumps(snapshot).encode()))
+
+
+def test_a_checkpoint_of_another_order_is_refused_and_not_condemned(tmp_path: Path, corpus: Path) -> None:
+    """A plan whose order differs before the cursor: a data error that says so; the state itself is sound."""
+    run = TinyRun(tmp_path, {"steps": 6})
+    assert run.finish(1) == ExitCode.FINISHED
+    stream = DataStream(run.config.data, sample_tokens=run.config.batch.sequence_tokens)
+    (segment,) = stream.segments
+    assert run.finish(2, segments=(segment.model_copy(update={"seed": 99}),)) == ExitCode.DATA
+    (error,) = run.records(2, "error")
+    assert "was trained on another order of the data" in error["message"]
+    assert "the checkpoint itself is sound" in error["message"]
