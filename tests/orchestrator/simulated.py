@@ -4,7 +4,16 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from monitors.records import CommitRecord, DataRange, EvalRecord, PlanAppliedRecord, StartedRecord, StepRecord, StepTime
+from monitors.records import (
+    CommitFailedRecord,
+    CommitRecord,
+    DataRange,
+    EvalRecord,
+    PlanAppliedRecord,
+    StartedRecord,
+    StepRecord,
+    StepTime,
+)
 from orchestrator.policy.decisions import (
     Decision,
     EndRun,
@@ -25,6 +34,7 @@ from trainer.contract.plan import ResumePlan, overlay_factor
 
 BATCH = 8
 PEAK_LR = 1e-3
+KEEP_LOCAL = 2
 
 Loss = Callable[["World", int], float]
 """(world, step) -> loss of that step; NaN for a non-finite one."""
@@ -55,6 +65,7 @@ class World:
     lr_error: Callable[["World", int], float] = lambda world, step: 1.0
     dies_loading: set[int] = field(default_factory=set, metadata={"what": "attempts that die before they have loaded"})
     lag_steps: int = 0  # a trainer that is told to leave is in the middle of some more steps
+    store_is_there: Callable[["World", int], bool] = lambda world, step: True
     validation: Callable[["World", int], float] = lambda world, step: 2.0 + 3.0 / (1 + step / 40)
 
     def __post_init__(self) -> None:
@@ -70,6 +81,9 @@ class World:
         self.stopping: StopAttempt | None = None
         self.step = self.position = self.tokens = self.seq = 0
         self.condemned: set[str] = set()
+        self.stored: set[str] = set()
+        self.waiting: list[tuple[str, int]] = []
+        self.keeper_seq = 0
 
     def open(self) -> None:
         """Launch."""
@@ -101,6 +115,7 @@ class World:
             case PruneCheckpoints():
                 for commit in decision.commits:
                     del self.commits[commit]
+                    self.stored.discard(commit)
             case Notify():
                 self.notices.append(decision)
             case EndRun():
@@ -130,6 +145,9 @@ class World:
         bad = [commit for commit in plan.candidates if commit in self.condemned]
         loaded = next((commit for commit in plan.candidates if commit not in self.condemned), None)
         self.step, self.position, self.tokens = self.commits[loaded] if loaded else (0, 0, 0)
+        for name, attempt in [one for one in self.waiting if self.commits[one[0]][0] > self.step]:
+            self.waiting.remove((name, attempt))  # the new fence does not name it
+            self._give_up(name, attempt)
         self.plan = plan.anchored(self.step, self.position)
         started = self.record(
             step=self.step, position=self.position, tokens=self.tokens, loaded=loaded, precision="fp32", device="cpu",
@@ -142,14 +160,40 @@ class World:
             self.commit()
 
     def commit(self) -> None:
-        """Save the state of now."""
+        """Save the state of now: to the local disk, and to the store if that is there."""
         assert self.plan is not None
         name = f"{self.step:012d}-e{self.plan.epoch}-{self.plan.attempt}"
         self.commits[name] = (self.step, self.position, self.tokens)
-        fields = self.record(
-            step=self.step, commit=name, position=self.position, tokens=self.tokens, bytes=1, seconds=0.1
-        )
+        self.waiting.append((name, self.plan.attempt))
+        self._say_commit(name, self.plan.attempt, "disk")
+        if self.store_is_there(self, self.step):
+            self.upload()
+        elif len(self.waiting) > KEEP_LOCAL:
+            self._give_up(*self.waiting.pop(0))
+
+    def upload(self) -> None:
+        """Everything that waits reaches the store."""
+        for name, attempt in self.waiting:
+            self.stored.add(name)
+            self._say_commit(name, attempt, "store")
+        self.waiting.clear()
+
+    def _say_commit(self, name: str, attempt: int, tier: str) -> None:
+        step, position, tokens = self.commits[name]
+        self.keeper_seq += 1
+        fields = {
+            "seq": self.keeper_seq, "attempt": attempt, "at_s": self.at_s, "tier": tier, "step": step, "commit": name,
+            "position": position, "tokens": tokens, "bytes": 1, "seconds": 0.1,
+        }  # fmt: skip
         self.feed(RecordReceived(at_s=self.at_s, record=CommitRecord.model_validate(fields)))
+
+    def _give_up(self, name: str, attempt: int) -> None:
+        step, _, _ = self.commits.pop(name)
+        self.keeper_seq += 1
+        record = CommitFailedRecord(
+            seq=self.keeper_seq, attempt=attempt, at_s=self.at_s, step=step, commit=name, error="passed over", gone=True
+        )
+        self.feed(RecordReceived(at_s=self.at_s, record=record))
 
     def take_step(self) -> None:
         """One update."""
