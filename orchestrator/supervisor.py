@@ -47,6 +47,7 @@ _SNAPSHOT_EVERY = 1000  # events: folding so many again takes well under a secon
 _GATHER_S = 0.05  # records that come within this share a transaction: one fsync, not one a step
 _SOON_S = 1.0  # at the end of a run, what is due within this is waited for; later retries are the next launch's
 _WORKER_ENDS_S = 1.0
+_KEEPERS_END_S = 10.0  # of a supervisor that gives up; an orderly end waits as long as the store may take
 _SETTLES_WITHIN_S = 120.0  # a few GB reach a disk in that; longer, and the run goes on from an older checkpoint
 _LOG = structlog.get_logger(__name__)
 
@@ -134,8 +135,11 @@ class Supervisor:
         if taken.attempt is not None:
             self._effects.attempt = taken.attempt
             self._follow(taken.attempt)
+        if taken.attempt is None or taken.attempt.pid is None:
+            self._wait_for_snapshots()
         now_s = time.time()
-        events = self._effects.take_events()
+        # before it is decided from where to go on: what was saved, also while nobody looked
+        events: list[Event] = [*self._read(self._keeper_inboxes, everything=True), *self._effects.take_events()]
         if setup.resume_because is not None:
             events.append(ResumeRequested(at_s=now_s, because=setup.resume_because))
         opened = RunOpened(
@@ -152,6 +156,13 @@ class Supervisor:
         self._process([*events, opened])
         for stored in taken.pending:
             self._effects.carry_out(stored)
+
+    def _wait_for_snapshots(self) -> None:
+        """Have what a trainer left in the arena put on disk, if it died together with its supervisor."""
+        deadline_s = time.monotonic() + _SETTLES_WITHIN_S
+        while self._keepers.has_pending() and time.monotonic() < deadline_s:
+            self._keepers.watch(time.monotonic())
+            time.sleep(_GATHER_S)
 
     def _follow(self, attempt: Attempt) -> None:
         """Read its records and wait for its end."""
@@ -234,8 +245,11 @@ class Supervisor:
             self._read_at_s = None
             self._selector.register(self._bell, selectors.EVENT_READ)
         self._bell.drain()  # before the files are read: a record that comes later rings again
+        return self._read(self._inboxes(), everything=everything)
+
+    def _read(self, inboxes: Sequence[Inbox], *, everything: bool) -> list[Event]:
         events: list[Event] = []
-        for inbox in self._inboxes():
+        for inbox in inboxes:
             rejected = inbox.rejected
             while records := inbox.poll():
                 for record in records:
@@ -326,7 +340,9 @@ class Supervisor:
         return working > 0 or (due_s is not None and due_s <= time.monotonic() + _SOON_S)
 
     def _let_go(self) -> None:
-        """Whatever ends this supervisor, trainer and keepers are left alone: the next one takes over."""
+        """Whatever ends this supervisor, a living trainer and its keepers are left alone: the next one takes over."""
+        if self._effects.attempt is None:
+            self._keepers.stop(_KEEPERS_END_S)
         self._keepers.let_go()
         if self._effects.attempt is not None:
             self._effects.attempt.close()

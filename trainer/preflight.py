@@ -173,19 +173,23 @@ def disk_problems(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Prob
         return [Problem("disk", f"{existing} is not writable", "change its owner, or set run_dir to another place")]
     one = _STATE_BYTES * parameters_of(config)
     spaced = sum(steps < config.steps for steps in _SPACED_STEPS)
-    needed = {existing.stat().st_dev: (existing, one)}  # each save passes through the run directory
+    # each save passes through the run directory: the newest stay there, one is being written, one is held in reserve
+    needed = {existing.stat().st_dev: (existing, one * (config.checkpoint.keep_local + 2))}
     protocol, _, rest = config.store.url.rpartition("://")
     if protocol in _LOCAL:
         place = _nearest_existing(base_dir / rest)
-        _, before = needed.get(place.stat().st_dev, (place, 0))
-        # beside the good ones: those at spaced distances, step 0, the newest, and the one that is being saved
-        needed[place.stat().st_dev] = (place, before + one * (config.checkpoint.keep_good + spaced + 3))
+        # beside the good ones: those at spaced distances, step 0 and the newest; on one disk the local ones are links
+        stored = one * (config.checkpoint.keep_good + spaced + 2)
+        same = place.stat().st_dev in needed
+        needed[place.stat().st_dev] = (place, stored + (2 * one if same else 0))
     problems = []
     for place, num_bytes in needed.values():
         free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
         if free < num_bytes:
             what = f"{place} has {free / 1e9:.2f} GB free, checkpoints need about {num_bytes / 1e9:.2f} GB"
-            problems.append(Problem("disk", what, "free some, or keep fewer (checkpoint.keep_good)"))
+            problems.append(
+                Problem("disk", what, "free some, or keep fewer (keep_good and keep_local under checkpoint)")
+            )
     return problems
 
 

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.process.child import kill_leftovers
+from orchestrator.process.lock import holders
 from tests.runs import Run, tiny_config, wait_until
+from trainer.contract import arena
+from trainer.contract.paths import KEEPER_ROLES
 
 pytestmark = pytest.mark.training
 
@@ -19,8 +23,6 @@ def _losses(run: Run) -> dict[int, float]:
 
 def _final_tensors(run: Run) -> dict[str, str]:
     """CRC of every data object of the last commit: equal CRCs, equal weights, moments and random states."""
-    import json
-
     manifests = sorted(run.store.glob("commits/*.json"))
     manifest = json.loads(manifests[-1].read_text())["manifest"]
     return {str(index): entry["crc32c"] for index, entry in enumerate(manifest["objects"])}
@@ -180,6 +182,28 @@ def test_a_crash_loses_only_the_steps_since_the_last_snapshot(tmp_path: Path, co
     log = run.paths.log(2).read_text()
     assert '"from_tier": "shared memory"' in log
     assert sorted(run.surviving_steps()) == list(range(1, 61))
+
+
+def test_everything_killed_at_once_loses_only_the_steps_since_the_last_snapshot(tmp_path: Path, corpus: Path) -> None:
+    """Supervisor, trainer, writer and uploader die together; what was only in shared memory is saved by the next."""
+    faults = [{"kind": "slow", "factor": 0.02, "once": False}]
+    run = Run(tmp_path, tiny_config(corpus, steps=100_000, faults=faults))
+    process = run.start()
+    wait_until(lambda: len(run.records(1, "snapshot")) > 2, "some saves")
+    (writer,) = holders(run.paths.keeper_lock("writer"))
+    os.kill(writer, signal.SIGSTOP)
+    wait_until(lambda: arena.has_pending(run.paths.arena), "a snapshot that nobody takes")
+
+    process.kill()
+    os.kill(int(run.attempts()[0]["pid"]), signal.SIGKILL)
+    for role in KEEPER_ROLES:
+        kill_leftovers(run.paths.keeper_lock(role))
+    process.communicate()
+    newest = run.records(1, "snapshot")[-1]["step"]
+    run.launch("--set", f"steps={newest + 30}", "--set", "faults=[]")
+
+    assert run.records(2, "started")[0]["step"] == newest
+    assert sorted(run.surviving_steps()) == list(range(1, newest + 31))
 
 
 def test_torn_upload_is_finished_by_the_next_uploader(tmp_path: Path, corpus: Path) -> None:

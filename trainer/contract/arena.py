@@ -144,7 +144,8 @@ class Arena:
             OSError: there is no room for it, neither in shared memory nor on disk.
         """
         wanted = _Geometry(_rounded(payload_bytes), _rounded(description_bytes))
-        descriptor = _open_fitting(path, wanted) or _create(path, wanted)
+        found = _open_fitting(path, wanted)
+        descriptor = _create(path, wanted) if found is None else found
         try:
             self._geometry = _read_geometry(descriptor, path)
             flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
