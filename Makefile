@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check format clean bench-checkpoint bench-data
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
 	@echo "make demo    train on this machine's own text, with three planted faults, in a few minutes"
 	@echo "make test    run all tests"
 	@echo "make check   format, lint, strict types and the rule of who may import whom"
+	@echo "make bench-checkpoint  how long a save holds up training, beside memcpy, torch.save and DCP"
+	@echo "make bench-data  tokens a second, beside a plain loop and a plain DataLoader"
 	@echo "make format  put the sources in order"
 	@echo "make clean   remove the environment, caches and the demo's runs"
 
@@ -32,6 +34,12 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-checkpoint: setup
+	$(BIN)/python -m benchmarks.checkpoint
+
+bench-data: setup
+	$(BIN)/python -m benchmarks.data
 
 format: setup
 	$(BIN)/ruff format .

@@ -53,7 +53,12 @@ FAULTS = (
     "oom", "loss_drift", "scale_qk",
 )  # fmt: skip
 #: Gauges that say when something happened; the alerts on their age must survive a restart of the supervisor.
-_LASTING = ("last_step_timestamp_seconds", "last_commit_timestamp_seconds", "last_good_timestamp_seconds")
+_LASTING = (
+    "last_step_timestamp_seconds", "last_local_commit_timestamp_seconds", "last_commit_timestamp_seconds",
+    "last_good_timestamp_seconds",
+)  # fmt: skip
+KEEPERS = ("writer", "uploader")
+OUTCOMES = ("on_disk", "committed", "failed")
 _GROUP = {"layer_group": LAYER_GROUPS}
 
 Labels = Mapping[str, tuple[str, ...]]
@@ -110,10 +115,12 @@ TABLE: tuple[Metric, ...] = (
     Metric("evaluation_seconds_total", "counter", "Time spent in evaluations."),
     # checkpoints
     Metric("last_commit_step", "gauge", "Step of the newest checkpoint of the lineage."),
-    Metric("last_commit_timestamp_seconds", "gauge", "When the newest checkpoint was committed."),
+    Metric("last_local_commit_timestamp_seconds", "gauge", "When the newest checkpoint was on the node's own disk."),
+    Metric("last_commit_timestamp_seconds", "gauge", "When the newest checkpoint was in the store."),
     Metric("last_good_step", "gauge", "Step of the newest good checkpoint of the lineage."),
     Metric("last_good_timestamp_seconds", "gauge", "When a checkpoint last became good."),
-    Metric("checkpoints_total", "counter", "Saves that came to an end.", {"outcome": ("committed", "failed")}),
+    Metric("checkpoints_total", "counter", "Saves by how far they came.", {"outcome": OUTCOMES}),
+    Metric("keeper_restarts_total", "counter", "Writer and uploader processes that died.", {"role": KEEPERS}),
     Metric("checkpoint_bytes_total", "counter", "Bytes committed."),
     Metric("checkpoint_seconds_total", "counter", "Time from snapshot to commit, beside training."),
     Metric("checkpoint_stall_seconds_total", "counter", "Time that training stood still for snapshots."),
@@ -241,6 +248,9 @@ class Metrics:
                     self._group("activation_saturated_ratio", {group: stats.saturated})
             case SnapshotRecord():
                 self.count("checkpoint_stall_seconds_total", by=_amount(record.stall_s))
+            case CommitRecord(tier="disk"):
+                self.count("checkpoints_total", "on_disk")
+                self.set("last_local_commit_timestamp_seconds", record.at_s)
             case CommitRecord():
                 self.count("checkpoints_total", "committed")
                 self.count("checkpoint_bytes_total", by=record.bytes)

@@ -121,12 +121,16 @@ class SnapshotRecord(_Record):
     step: int
     stall_s: float
     bytes: int
+    late_steps: int = Field(default=0, description="steps after it was due: the disk was slower than the interval")
+    next_steps: int | None = Field(default=None, description="an automatic interval: steps until the next one is due")
+    because: str = ""
 
 
 class CommitRecord(_Record):
-    """A checkpoint's manifest exists."""
+    """A checkpoint's manifest exists: on the node's own disk first, later in the store."""
 
     kind: Literal["commit"] = "commit"
+    tier: Literal["disk", "store"] = "store"
     step: int
     commit: str
     position: int = Field(description="raw cursor: the first position not yet consumed")
@@ -136,11 +140,14 @@ class CommitRecord(_Record):
 
 
 class CommitFailedRecord(_Record):
-    """A save did not come to its end; training goes on."""
+    """A save did not come to its end; training goes on. `gone`: it will not be tried again, and is nowhere."""
 
     kind: Literal["commit_failed"] = "commit_failed"
     step: int
     error: str
+    commit: str | None = Field(default=None, description="None: no snapshot was taken")
+    gone: bool = False
+    superseded: bool = Field(default=False, description="the store has gone on without this commit's epoch")
 
 
 class PlanAppliedRecord(_Record):

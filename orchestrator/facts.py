@@ -1,7 +1,8 @@
 """What the policy engine must know of run.yaml."""
 
 from orchestrator.policy.state import RunFacts
-from trainer.contract.config import RunConfig
+from orchestrator.recovery.retention import Spacing
+from trainer.contract.config import CheckpointConfig, RunConfig
 
 
 def facts_of(config: RunConfig) -> RunFacts:
@@ -13,7 +14,13 @@ def facts_of(config: RunConfig) -> RunFacts:
         batch_samples=config.batch.sequences,
         good_after_steps=config.checkpoint.good_after_steps,
         keep_good=config.checkpoint.keep_good,
-        checkpoint_every=config.checkpoint.every_steps,
+        keep_for=spacings(config.checkpoint),
+        checkpoint_every=None if config.checkpoint.every_steps == "auto" else config.checkpoint.every_steps,
         has_validation=config.data.validation is not None,
         planned_changes=tuple(change.step for change in config.planned_changes),
     )
+
+
+def spacings(config: CheckpointConfig) -> tuple[Spacing, ...]:
+    """The rules of age by which checkpoints are kept."""
+    return tuple(Spacing(rule.every, rule.for_) for rule in config.keep_for)

@@ -2,9 +2,9 @@
 
 SQLite in WAL mode with synchronous=FULL. One transaction holds a batch of events with its decisions, incidents, steps
 and read cursors, so that after a SIGKILL anywhere each of them is known exactly once or not at all. Newest snapshot
-plus later events give the state back; decisions are never computed again. Record and tick events older than the last
-but one snapshot are dropped (steps and the record files keep them). SQLite has no NaN: a NaN loss is NULL in its
-column, and in full in the `record` column. Times are unix seconds.
+plus later events give the state back; decisions are never computed again. Tick and record events before the last
+snapshot but one are dropped (steps and the record files keep them), except the few records that tell of checkpoints,
+loads and plans. SQLite has no NaN: a NaN loss is NULL in its column, and in full in `record`. Times are unix seconds.
 """
 
 import json
@@ -69,6 +69,11 @@ WHERE a.replay = 0 AND NOT EXISTS (
     WHERE later.attempt > s.attempt AND later.replay = 0 AND later.started_step < s.step
 )
 ORDER BY s.step
+"""
+
+_FORGET = """
+DELETE FROM events WHERE seq < ? AND kind IN ('record_received', 'ticked')
+AND COALESCE(json_extract(json, '$.record.kind'), '') NOT IN ('started', 'commit', 'plan_applied')
 """
 
 
@@ -272,7 +277,7 @@ class Journal:
         if len(kept) == _KEEP_SNAPSHOTS:
             oldest = kept[-1]["event_seq"]
             self._db.execute("DELETE FROM snapshots WHERE event_seq < ?", (oldest,))
-            self._db.execute("DELETE FROM events WHERE seq < ? AND kind IN ('record_received', 'ticked')", (oldest,))
+            self._db.execute(_FORGET, (oldest,))
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -297,9 +302,8 @@ class Journal:
 
     def events(self, after: int = 0) -> Iterator[Event]:
         """Events after a number, in order."""
-        with _meaning(self.path):
-            for row in self._db.execute("SELECT json FROM events WHERE seq > ? ORDER BY seq", (after,)):
-                yield EVENTS.validate_json(row["json"])
+        for row in self.select("SELECT json FROM events WHERE seq > ? ORDER BY seq", after):
+            yield EVENTS.validate_json(row["json"])
 
     def pending(self) -> list[StoredDecision]:
         """Decisions that were not carried out to their end, oldest first."""
@@ -348,9 +352,13 @@ class Journal:
         rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
         return str(rows[0]["value"]) if rows else None
 
-    def _rows(self, query: str, *parameters: object) -> list[sqlite3.Row]:
+    def select(self, query: str, *parameters: object) -> Iterator[sqlite3.Row]:
+        """Rows of a reader's own query, one at a time."""
         with _meaning(self.path):
-            return self._db.execute(query, parameters).fetchall()
+            yield from self._db.execute(query, parameters)
+
+    def _rows(self, query: str, *parameters: object) -> list[sqlite3.Row]:
+        return list(self.select(query, *parameters))
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:

@@ -4,6 +4,7 @@ The trainer's own check runs in a process of its own, because it knows the data 
 """
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -94,10 +95,18 @@ def port_problems(metrics: MetricsConfig, document: Document) -> list[Problem]:
     return []
 
 
+def _environment(run: ResolvedRun) -> dict[str, str]:
+    """What the trainer will have."""
+    added = run.config.launch.env.items()
+    return {**os.environ, **{name: secret.get_secret_value() for name, secret in added}}
+
+
 def _ask(command: list[str], run: ResolvedRun) -> Found:
     limit_s = run.config.store.timeout_s + _EXTRA_S
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit_s, check=False, env=_environment(run)
+        )
         answer = json.loads(done.stdout)
         problems = (
             run.document.problem(

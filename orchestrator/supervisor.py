@@ -33,11 +33,13 @@ from orchestrator.policy.events import (
 )
 from orchestrator.process.attempt import Attempt, Departure
 from orchestrator.process.child import become_subreaper, reap_orphans
-from orchestrator.process.inbox import Bell, Inbox
+from orchestrator.process.inbox import Bell, Inbox, keeper_number
+from orchestrator.process.keepers import Keepers
 from orchestrator.process.lock import RunLock, is_held
 from orchestrator.store_work import StoreWorker
 from orchestrator.takeover import open_engine, take_over
 from orchestrator.telemetry import Telemetry
+from trainer.contract.paths import KEEPER_ROLES
 
 __all__ = ["Setup", "Supervisor", "Update"]
 
@@ -45,6 +47,7 @@ _SNAPSHOT_EVERY = 1000  # events: folding so many again takes well under a secon
 _GATHER_S = 0.05  # records that come within this share a transaction: one fsync, not one a step
 _SOON_S = 1.0  # at the end of a run, what is due within this is waited for; later retries are the next launch's
 _WORKER_ENDS_S = 1.0
+_SETTLES_WITHIN_S = 120.0  # a few GB reach a disk in that; longer, and the run goes on from an older checkpoint
 _LOG = structlog.get_logger(__name__)
 
 
@@ -56,6 +59,8 @@ class Supervisor:
         self._make_core = make_core
         self._on_update = on_update
         self._inbox: Inbox | None = None
+        self._keeper_inboxes: list[Inbox] = []
+        self._settling_since_s: float | None = None
         self._read_at_s: float | None = None
         self._since_snapshot = 0
         self._metrics_url: str | None = None
@@ -102,6 +107,11 @@ class Supervisor:
         tools = Tools(paths, setup.config, self._journal, setup.store, self._worker, metrics, nonce)
         self._journal.commit(Batch(meta={"nonce": nonce, "metrics_url": self._metrics_url or ""}))
         self._effects = Effects(tools)
+        env = {name: secret.get_secret_value() for name, secret in setup.config.launch.env.items()}
+        self._keepers = Keepers(paths, env, setup.config.deadlines.save)
+        self._keeper_inboxes = [
+            Inbox.of_keeper(paths, role, self._journal.cursor(keeper_number(role))) for role in KEEPER_ROLES
+        ]
         stack.callback(self._let_go)
 
     def _serve(self, stack: ExitStack, metrics: Metrics) -> str | None:
@@ -118,6 +128,8 @@ class Supervisor:
     def _begin(self) -> None:
         """Take over what the last supervisor left, then tell the engine that the run is open."""
         setup = self._setup
+        if setup.config.launch.command is None:  # one of the user's own may save in its own way
+            self._keepers.start()
         taken = take_over(self._journal, self._effects, setup.paths, setup.config.deadlines)
         if taken.attempt is not None:
             self._effects.attempt = taken.attempt
@@ -164,6 +176,8 @@ class Supervisor:
         now_s = time.monotonic()
         attempt = self._effects.attempt
         departure = self._advance(attempt, ready, now_s) if attempt is not None else None
+        for role in self._keepers.watch(now_s):
+            self._telemetry.metrics.count("keeper_restarts_total", role)
         ticked = self._tick(now_s) if now_s >= self._next_tick_s else []
         read = bool(ticked) or departure is not None or (self._read_at_s is not None and now_s >= self._read_at_s)
         records = self._records(everything=departure is not None) if read else []
@@ -175,7 +189,8 @@ class Supervisor:
 
     def _patience_s(self) -> float:
         attempt = self._effects.attempt
-        due = (self._next_tick_s, self._read_at_s, self._effects.timers.due_s(), attempt.due_s() if attempt else None)
+        watched_s = (attempt.due_s() if attempt else None, self._keepers.due_s())
+        due = (self._next_tick_s, self._read_at_s, self._effects.timers.due_s(), *watched_s)
         return max(0.0, min(at_s for at_s in due if at_s is not None) - time.monotonic())
 
     def _process(self, events: Sequence[Event]) -> None:
@@ -204,7 +219,7 @@ class Supervisor:
             Batch(
                 folded=folded,
                 incidents=incidents,
-                cursors={self._inbox.attempt: self._inbox.cursor} if self._inbox else {},
+                cursors={inbox.attempt: inbox.cursor for inbox in self._inboxes()},
                 outcomes=self._effects.take_outcomes(),
                 meta={"status": status.model_dump_json(), "totals": self._telemetry.totals()},
                 snapshot=self._core.snapshot() if snapshot else None,
@@ -218,19 +233,22 @@ class Supervisor:
         if self._read_at_s is not None:
             self._read_at_s = None
             self._selector.register(self._bell, selectors.EVENT_READ)
-        self._bell.drain()  # before the file is read: a record that comes later rings again
+        self._bell.drain()  # before the files are read: a record that comes later rings again
         events: list[Event] = []
-        if self._inbox is None:
-            return events
-        metrics, rejected = self._telemetry.metrics, self._inbox.rejected
-        while records := self._inbox.poll():
-            for record in records:
-                metrics.observe(record)
-                events.append(RecordReceived(at_s=time.time(), record=record))
-            if not everything:
-                break
-        metrics.count("records_rejected_total", by=self._inbox.rejected - rejected)
+        for inbox in self._inboxes():
+            rejected = inbox.rejected
+            while records := inbox.poll():
+                for record in records:
+                    self._telemetry.metrics.observe(record)
+                    events.append(RecordReceived(at_s=time.time(), record=record))
+                if not everything:
+                    break
+            self._telemetry.metrics.count("records_rejected_total", by=inbox.rejected - rejected)
         return events
+
+    def _inboxes(self) -> list[Inbox]:
+        """The attempt's own records first: a snapshot is told before what becomes of it."""
+        return [*([self._inbox] if self._inbox is not None else []), *self._keeper_inboxes]
 
     def _tick(self, now_s: float) -> list[Event]:
         planned_s, self._next_tick_s = self._next_tick_s, now_s + self._setup.tick_s
@@ -253,7 +271,21 @@ class Supervisor:
         if attempt.child is not None and attempt.child.pidfd in ready:
             self._selector.unregister(attempt.child.pidfd)
             attempt.exited(now_s)
-        return attempt.advance(now_s)
+        departure = attempt.advance(now_s)
+        if departure is None or self._has_settled(now_s):
+            return departure
+        attempt.ask_again(now_s)
+        return None
+
+    def _has_settled(self, now_s: float) -> bool:
+        """Whether what a dead trainer left in the arena is on disk: the next attempt may start from it."""
+        if self._settling_since_s is None:
+            self._settling_since_s = now_s
+        waited_s = now_s - self._settling_since_s
+        if self._keepers.has_pending() and waited_s < _SETTLES_WITHIN_S:
+            return False
+        self._settling_since_s = None
+        return True
 
     def _departed(self, attempt: Attempt, departure: Departure) -> AttemptExited:
         cause, status = departure.cause, departure.status
@@ -274,8 +306,10 @@ class Supervisor:
     # -- leaving ----------------------------------------------------------------------------------------------------
 
     def _leave(self) -> int:
-        """Let store calls and evidence come to their end, keep the state, and say how the run ended."""
+        """Let snapshots, store calls and evidence come to their end, keep the state, and say how the run ended."""
         assert self._effects.end is not None
+        self._keepers.stop(self._setup.config.store.timeout_s)
+        self._process(self._records(everything=True))
         deadline_s = time.monotonic() + self._setup.config.store.timeout_s
         while self._unfinished() and time.monotonic() < deadline_s:
             time.sleep(_GATHER_S)
@@ -292,6 +326,7 @@ class Supervisor:
         return working > 0 or (due_s is not None and due_s <= time.monotonic() + _SOON_S)
 
     def _let_go(self) -> None:
-        """Whatever ends this supervisor, the trainer is left alone: the next one takes it over."""
+        """Whatever ends this supervisor, trainer and keepers are left alone: the next one takes over."""
+        self._keepers.let_go()
         if self._effects.attempt is not None:
             self._effects.attempt.close()

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from orchestrator.journal import Batch, Journal
-from trainer.contract.paths import RunPaths
+from orchestrator.process.child import kill_leftovers
+from trainer.contract import arena
+from trainer.contract.paths import KEEPER_ROLES, RunPaths
 
 _VOCABULARY = 64
 _SHARD_TOKENS = 12_000
@@ -64,7 +66,14 @@ def tiny_config(corpus: Path, **changes: Any) -> dict[str, Any]:
             "window_blocks": 2,
         },
         "evaluate": {"every_steps": 20, "sequences": 16},
-        "checkpoint": {"every_steps": 10, "good_after_steps": 10, "keep_good": 3},
+        # steps take a few milliseconds: saves are waited for, and none is passed over on its way to the store
+        "checkpoint": {
+            "every_steps": 10,
+            "good_after_steps": 10,
+            "keep_good": 3,
+            "patience_s": 30,
+            "keep_local": 50,
+        },
         "store": {"url": "./store"},
         "deadlines": {"grace_s": 20, "orphan_s": 60},
         "monitor": {"details_every": 10},
@@ -134,8 +143,11 @@ class Run:
         return output
 
     def kill_everything(self, process: subprocess.Popen[str]) -> None:
-        """SIGKILL the supervisor and the trainer that it left."""
+        """SIGKILL the supervisor and the processes that it left."""
         process.kill()
+        for role in KEEPER_ROLES:
+            kill_leftovers(self.paths.keeper_lock(role))
+        arena.remove(self.paths.arena)
         for attempt in self.attempts():
             pid = int(attempt["pid"] or 0)
             if pid and Path(f"/proc/{pid}").exists():
@@ -172,11 +184,15 @@ class Run:
             return [dict(row) for row in journal.attempts()]
 
     def records(self, attempt: int, kind: str | None = None) -> list[dict[str, Any]]:
-        """The records an attempt wrote; a line that is being written at the moment is not there yet."""
-        path = self.paths.records(attempt)
-        complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
-        rows = [json.loads(line) for line in complete.splitlines()]
-        return [row for row in rows if kind is None or row["kind"] == kind]
+        """The records about an attempt, its own first; a line that is being written at the moment is not there yet.
+
+        Of commits only those in the store.
+        """
+        rows = []
+        for path in (self.paths.records(attempt), *(self.paths.keeper_records(role) for role in KEEPER_ROLES)):
+            complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
+            rows += [row for row in map(json.loads, complete.splitlines()) if row["attempt"] == attempt]
+        return [row for row in rows if kind in (None, row["kind"]) and row.get("tier") != "disk"]
 
     def surviving_steps(self) -> dict[int, dict[str, Any]]:
         """Step records of the surviving history: a later attempt's load below a step erases it."""
@@ -194,9 +210,10 @@ class Run:
         return plan
 
     def fault_counts(self) -> dict[str, Any]:
-        """How often each configured fault fired."""
-        path = self.paths.fault_counts()
-        counts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        """How often each configured fault fired, in the trainer and on the way to the store."""
+        counts: dict[str, Any] = {}
+        for path in (self.paths.fault_counts(), self.paths.fault_counts("uploader")):
+            counts |= json.loads(path.read_text()) if path.exists() else {}
         return counts
 
 

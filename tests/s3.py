@@ -7,7 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +54,17 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def seaweedfs(directory: Path) -> Iterator[S3Server]:
-    """A SeaweedFS server (one process: master, volume, filer, S3) with its data below `directory`."""
+def seaweedfs(directory: Path, more_keys: Mapping[str, str] | None = None) -> Iterator[S3Server]:
+    """A SeaweedFS server (one process: master, volume, filer, S3) with its data below `directory`.
+
+    `more_keys`: further access keys with their secrets, beside `ACCESS_KEY`.
+    """
     data = directory / "data"
     data.mkdir(parents=True)
+    keys = {ACCESS_KEY: SECRET_KEY, **(more_keys or {})}
     identity = {
         "name": "checkpoints",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "credentials": [{"accessKey": access, "secretKey": secret} for access, secret in keys.items()],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     config = directory / "s3.json"

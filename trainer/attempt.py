@@ -7,21 +7,20 @@ code. Torch-free until `run`.
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 import structlog
-from pydantic import ValidationError
 
 from monitors.records import ErrorRecord
-from trainer.contract.config import RunConfig
 from trainer.contract.exit_codes import ExitCode
 from trainer.contract.liveness import LivenessWriter, Phase
 from trainer.contract.paths import RunPaths
 from trainer.contract.plan import read_plan
-from trainer.errors import Failure, SetupError, describe
+from trainer.errors import Failure, describe
+from trainer.logs import log_to
 from trainer.reporter import Reporter
+from trainer.runfile import read_config
 from trainer.signals import StopFlag, stacks_on_request
 
 log = structlog.get_logger(__name__)
@@ -39,7 +38,7 @@ class Attempt:
             self._liveness = stack.enter_context(LivenessWriter(paths.liveness(number)))
             self._reporter = stack.enter_context(Reporter(paths, number))
             stack.enter_context(stacks_on_request(paths.stacks(number)))
-            stack.enter_context(_log_to(paths.log(number)))
+            stack.enter_context(log_to(paths.log(number)))
             self._stop = stack.enter_context(StopFlag().installed())
             self._resources = stack.pop_all()
 
@@ -91,20 +90,6 @@ class Attempt:
         )
 
 
-def read_config(path: Path) -> RunConfig:
-    """run.yaml as the supervisor resolved it: JSON, which is YAML.
-
-    Raises:
-        SetupError: it is missing, or not a configuration.
-    """
-    try:
-        return RunConfig.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise SetupError(f"{path} is missing", "start the run with `longwatch launch`") from error
-    except ValidationError as error:
-        raise SetupError(f"{path} is not a configuration ({error})", "start it with `longwatch launch`") from error
-
-
 def write_exit_file(path: Path, code: ExitCode, failure: Failure | None, step: int) -> None:
     """Say how the attempt ended, whole or not at all, for a supervisor that is not our parent."""
     error = None
@@ -121,25 +106,3 @@ def write_exit_file(path: Path, code: ExitCode, failure: Failure | None, step: i
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(body))
     os.replace(fresh, path)
-
-
-@contextlib.contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """Structured log lines into `path` while the block runs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = structlog.get_config()
-    with path.open("a", encoding="utf-8") as file:
-        structlog.configure(
-            processors=[
-                structlog.processors.add_log_level,
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
-                structlog.processors.format_exc_info,
-                structlog.processors.JSONRenderer(),
-            ],
-            logger_factory=structlog.WriteLoggerFactory(file),
-            cache_logger_on_first_use=False,
-        )
-        try:
-            yield
-        finally:
-            structlog.configure(**before)

@@ -7,6 +7,7 @@ from trainer.checkpointing.errors import (
     StateMismatchError,
 )
 from trainer.checkpointing.load import Loaded, load_checkpoint
+from trainer.checkpointing.snapshot import Author, Snapshotter
 from trainer.checkpointing.tensors import (
     model_tensors,
     named_parameters,
@@ -14,19 +15,17 @@ from trainer.checkpointing.tensors import (
     restore_model,
     restore_optimizer,
 )
-from trainer.checkpointing.write import CheckpointWriter, Committed, SaveFailed
 from trainer.contract.manifest import Health, Parent
 
 __all__ = [
+    "Author",
     "CheckpointError",
-    "CheckpointWriter",
-    "Committed",
     "Health",
     "Loaded",
     "NonFiniteStateError",
     "Parent",
-    "SaveFailed",
     "SnapshotRefusedError",
+    "Snapshotter",
     "StateMismatchError",
     "load_checkpoint",
     "model_tensors",

@@ -36,7 +36,7 @@ from trainer.faults.desk import StepInput
 from trainer.orphan import OrphanWatch
 from trainer.probe import ProbeBatch
 from trainer.recording import StepFacts, started_fields, step_fields
-from trainer.saving import Saver, all_finite, finite_or_none
+from trainer.saving import Saver, SaveSchedule, finite_or_none
 from trainer.schedule import lr_at
 from trainer.setup import Machinery, Workplace, order_facts
 from trainer.state import Progress, TrainingState, collect
@@ -44,8 +44,8 @@ from trainer.step import PendingResult, StepResult
 
 log = structlog.get_logger(__name__)
 
+_SMOOTHING = 0.05  # of the step time
 WARM_UP_STEPS = 5  # the first steps allocate, autotune and fault pages in; they have a deadline of their own
-_PATIENCE_S = 5.0  # so long a save that is due waits for the one before it; then it is put off, and training goes on
 
 Reason = Literal["finished", "preempted", "left", "replay_done", "orphaned"]
 
@@ -74,15 +74,17 @@ class Loop:
         self._orphan = OrphanWatch(at.reporter, at.config.deadlines.orphan_s, at.parent_pid)
         self._probe = ProbeBatch(machinery.stream.vocab_size, at.config.batch.sequence_tokens)
         loaded_step = None if machinery.start.loaded is None else self._progress.step
-        self._saver = Saver(machinery.writer, machinery.store, at.reporter, machinery.faults, loaded_step)
+        plan, every = machinery.plan, at.config.checkpoint.every_steps
+        schedule = SaveSchedule(every, plan.failure_every_s, loaded_step)
+        self._saver = Saver(machinery.snapshotter, at.paths, plan.attempt, at.reporter, schedule)
         self._in_flight: deque[_InFlight] = deque()
         self._lag = 1 if machinery.device.type == "cuda" else 0
         self._last: StepResult | None = None
         self._clock_s = time.monotonic()
         self._phase: Phase | None = None
         self._steps_run = 0
-        self._save_due = False
-        self._waited = False
+        self._step_s: float | None = None
+        self._save_due: int | None = None
         self._compiled: set[bool] = set()
         self._evaluated_step: int | None = None
         self._leaving: Reason | None = None
@@ -112,8 +114,8 @@ class Loop:
         return self._end()
 
     def close(self) -> None:
-        """Release data and mailbox; wait for a save that is under way."""
-        self._saver.close(self._config.deadlines.save)
+        """Release data, arena and mailbox; a save that is on its way goes on without us."""
+        self._saver.close()
         self._m.stream.close()
         self._commands.close()
 
@@ -125,9 +127,10 @@ class Loop:
         self._at.reporter.emit(StartedRecord, **started_fields(self._at, self._m, probe_loss))
         if self._m.start.loaded is None:
             self._save()
-            self._saver.flush(self._config.deadlines.save)
-            if self._saver.saved_step != 0:
+            if not self._saver.flush(0, self._config.deadlines.save):
                 raise SaveFailedError(0, self._saver.last_error)
+        elif self._replay is None:
+            self._saver.reserve(self._collect())
         self._obey()
         self._enter(Phase.WARM_UP)
         self._clock_s = time.monotonic()
@@ -151,16 +154,19 @@ class Loop:
         """Have the state of the last step committed before the process ends, and evaluate it if training is done."""
         if self._replay is not None:
             return False
-        deadline_s = self._config.deadlines.save
-        self._saver.flush(deadline_s)
-        if self._saver.saved_step != self.step:
+        if not self._saver.has(self.step):
+            self._saver.wait_until_ready(self._config.deadlines.save)  # training is over: there is nothing to hold up
             self._save(even_if_skipped=True)
         done = self.step == self._config.steps
         if done and self._leaving is None and self._evaluated_step != self.step and self._steps_run:
             self._evaluate(None)
         self._enter(Phase.SAVE)
-        self._saver.flush(deadline_s)
-        return self._saver.saved_step == self.step
+        return self._saver.flush(self.step, self._config.deadlines.save)
+
+    def _ready_to_save(self) -> bool:
+        """Whether a snapshot can be taken now. What is due stays due; only on request is anything waited for, once."""
+        wait = self._save_due == self.step and self._config.checkpoint.patience_s > 0
+        return self._saver.wait_until_ready(self._config.checkpoint.patience_s) if wait else self._saver.ready()
 
     def _finish(self, reason: Reason, code: ExitCode) -> ExitCode:
         self._enter(Phase.LEAVE)
@@ -216,7 +222,10 @@ class Loop:
             compute = read_s - max(done.launched_s, self._clock_s)
             other = max(0.0, read_s - self._clock_s - done.data_s - compute)
             self._clock_s = read_s
-            self._tell(done.facts, result, StepTime(data=done.data_s, compute=compute, other=other))
+            times = StepTime(data=done.data_s, compute=compute, other=other)
+            before_s = times.total if self._step_s is None else self._step_s
+            self._step_s = before_s + _SMOOTHING * (times.total - before_s)
+            self._tell(done.facts, result, times)
             self._last = result
             if result.skipped:
                 skipped = self._progress.skipped_updates + 1
@@ -234,9 +243,10 @@ class Loop:
         """Whatever is due between two steps."""
         config = self._config
         if self._replay is None:
-            self._save_due |= self.step % config.checkpoint.every_steps == 0
             last = self.step == config.steps
-            if self._save_due and not last and self._ready_to_save():
+            if self._save_due is None and self._saver.due(self.step):
+                self._save_due = self.step
+            if self._save_due is not None and not last and self._ready_to_save():
                 self._save()
             if self.step % config.evaluate.every_steps == 0 and not last:
                 self._evaluate(None)
@@ -255,9 +265,10 @@ class Loop:
     def _carry_out(self, command: Command) -> None:
         match command:
             case CheckpointNow():
-                self._save_due = self._replay is None
-                if self._save_due and self._ready_to_save():
-                    self._save()
+                if self._replay is None:
+                    self._save_due = self.step  # at the latest at a boundary at which a slot is free
+                    if self._saver.ready():
+                        self._save()
             case EvaluateNow():
                 self._evaluate(command.id)
             case ApplyPlan():
@@ -300,27 +311,19 @@ class Loop:
 
     # Saving
 
-    def _ready_to_save(self) -> bool:
-        """Whether a snapshot can be taken now; what is due stays due until it is, and waits once."""
-        patience_s = 0.0 if self._waited else _PATIENCE_S
-        self._waited = True
-        return self._m.writer.flush(patience_s)
-
     def _save(self, *, even_if_skipped: bool = False) -> None:
-        """Snapshot the state of this step, unless it is saved already, or not finite."""
-        self._save_due = self._waited = False
+        """Snapshot the state of this step, unless it is saved already, or no state to come back to."""
+        late_steps = self.step - (self.step if self._save_due is None else self._save_due)
+        self._save_due = None
         self._settle()
-        self._saver.poll()
-        if self._saver.saved_step == self.step:
+        if self._saver.has(self.step):
             return
         phase = self._phase
         self._enter(Phase.SAVE)
         if self._last is not None and self._last.skipped and not even_if_skipped:
             self._saver.refuse(self.step, "the last update was not finite, so this is no state to come back to")
-        elif not all_finite(state := self._collect()):
-            self._saver.refuse(self.step, "the state is not finite")
         else:
-            self._saver.save(self.step, state, self._health())
+            self._saver.save(self.step, self._collect(), self._health(), self._step_s, late_steps)
         self._back_to(phase)
 
     def _collect(self) -> TrainingState:

@@ -11,25 +11,41 @@ import time
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from monitors.records import Record
-from trainer.contract.paths import RunPaths
+from pydantic import ValidationError
+
+from monitors.records import Record, parse_record
+from trainer.contract.paths import KeeperRole, RunPaths
 
 R = TypeVar("R", bound=Record)
 
+_TAIL_BYTES = 1 << 16
 #: The socket is bound, only its buffer is full or the record too long for a datagram: somebody is there.
 _ANSWERED = (errno.EAGAIN, errno.EMSGSIZE, errno.ENOBUFS)
 
 
 class Reporter:
-    """Numbers and writes the records of one attempt and rank."""
+    """Numbers and writes the records of one sender: an attempt, or a process that keeps the snapshots of all."""
 
-    def __init__(self, paths: RunPaths, attempt: int, rank: int = 0) -> None:
+    def __init__(self, paths: RunPaths, attempt: int) -> None:
+        """The records of an attempt's rank 0."""
         self._attempt = attempt
-        self._seq = 0
-        file = paths.records(attempt, rank)
+        self._open(paths.records(attempt), paths.records_socket)
+
+    @classmethod
+    def of_keeper(cls, paths: RunPaths, role: KeeperRole) -> Self:
+        """The records of a keeper, which name the attempt that each is about; a killed one's are continued."""
+        reporter = cls.__new__(cls)
+        reporter._attempt = None
+        reporter._open(paths.keeper_records(role), paths.records_socket)
+        return reporter
+
+    _attempt: int | None
+
+    def _open(self, file: Path, bell: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._socket = _DatagramSender(paths.records_socket)
+        self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._seq = _last_seq(self._file)
+        self._socket = _DatagramSender(bell)
 
     @property
     def answered_s(self) -> float:
@@ -43,7 +59,9 @@ class Reporter:
             pydantic.ValidationError: the fields do not fit the kind.
             OSError: the record could not be written to the run directory.
         """
-        record = kind(seq=self._seq + 1, attempt=self._attempt, at_s=time.time(), **fields)
+        if self._attempt is not None:
+            fields["attempt"] = self._attempt
+        record = kind(seq=self._seq + 1, at_s=time.time(), **fields)
         line = record.model_dump_json().encode()
         _write_all(self._file, line + b"\n")
         self._seq += 1
@@ -85,6 +103,23 @@ class _DatagramSender:
         """Release the descriptors."""
         self._socket.close()
         os.close(self._directory)
+
+
+def _last_seq(descriptor: int) -> int:
+    """The number of the newest record of a file; a line that a death tore is ended, so that it spoils no other."""
+    raw = b""
+    size = os.fstat(descriptor).st_size
+    while len(raw) < size and raw.rstrip(b"\n").count(b"\n") < 2:
+        begin = max(0, size - len(raw) - _TAIL_BYTES)
+        raw = os.pread(descriptor, size - len(raw) - begin, begin) + raw
+    if raw and not raw.endswith(b"\n"):
+        _write_all(descriptor, b"\n")
+    for line in reversed(raw.splitlines()):
+        try:
+            return parse_record(line).seq
+        except ValidationError:
+            continue
+    return 0
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

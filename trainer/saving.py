@@ -1,44 +1,109 @@
-"""Checkpoints as the loop sees them: when a state may be saved, and the records that say what became of it.
+"""Checkpoints as the loop sees them: a copy of the state, and later the news of what became of it.
 
-A failed save is a record, never the end of training; at most one save is under way. The records of a commit are sent
-once its manifest exists, not when the copy was taken.
+The copy is all that training waits for. Disk and store are the business of the writer and uploader processes, whose
+records say how each save ended; a failed one is a record, never the end of training.
 """
 
-import contextlib
 import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Literal
 
 import structlog
-import torch
 
-from monitors.records import CommitFailedRecord, CommitRecord, SnapshotRecord
-from trainer.checkpoint import CheckpointWriter, Committed, Health, SaveFailed, SnapshotRefusedError
-from trainer.contract.store import Store
+from monitors.records import CommitFailedRecord, CommitRecord, SnapshotRecord, parse_record
+from monitors.tail import Tail
+from trainer.checkpoint import Health, SnapshotRefusedError, Snapshotter
+from trainer.contract.paths import KEEPER_ROLES, RunPaths
 from trainer.errors import SupersededError
-from trainer.faults.desk import FaultDesk
+from trainer.interval import Interval, Measured, choose_interval
 from trainer.reporter import Reporter
 from trainer.state import TrainingState
 
 log = structlog.get_logger(__name__)
 
+_POLL_S = 0.01
+_RECENT = 5  # stalls whose median counts: a first one that allocates does not
+_UNTIL_MEASURED = 50  # steps
+
+
+class SaveSchedule:
+    """When a checkpoint is due: every so many steps, or as often as is best by what was measured.
+
+    `loaded_step` is the step of the checkpoint that this attempt began with, None if it began from scratch.
+    """
+
+    def __init__(self, every: int | Literal["auto"], failure_every_s: float, loaded_step: int | None) -> None:
+        self.loaded_step = loaded_step
+        self.disk_s = 0.0
+        self._every = every
+        self._failure_every_s = failure_every_s
+        self._stalls_s: deque[float] = deque(maxlen=_RECENT)
+        self._next = (loaded_step or 0) + _UNTIL_MEASURED
+
+    def due(self, step: int) -> bool:
+        """Whether one is due at this step."""
+        return step >= self._next if self._every == "auto" else step % self._every == 0
+
+    def taken(self, step: int, stall_s: float, step_s: float | None) -> Interval | None:
+        """One was taken; the interval until the next, if it is chosen here."""
+        self._stalls_s.append(stall_s)
+        if self._every != "auto":
+            return None
+        if step_s is None:  # the first one, before any step
+            chosen = Interval(_UNTIL_MEASURED, "nothing is measured yet")
+        else:
+            measured = Measured(statistics.median(self._stalls_s), self.disk_s, step_s)
+            chosen = choose_interval(measured, self._failure_every_s)
+        self._next = step + chosen.steps
+        return chosen
+
 
 class Saver:
-    """Saves states of one attempt and reports each save's end."""
+    """Saves states of one attempt."""
 
     def __init__(
-        self, writer: CheckpointWriter, store: Store, reporter: Reporter, faults: FaultDesk, loaded_step: int | None
+        self, snapshotter: Snapshotter, paths: RunPaths, attempt: int, reporter: Reporter, schedule: "SaveSchedule"
     ) -> None:
-        self._writer = writer
-        self._store = store
+        self._snapshotter = snapshotter
+        self._schedule = schedule
+        self._attempt = attempt
         self._reporter = reporter
-        self._faults = faults
-        self.saved_step = loaded_step
+        self._news = [Tail.from_end(paths.keeper_records(role)) for role in KEEPER_ROLES]
+        self._under_way: set[int] = set()
+        self.saved_step = schedule.loaded_step
         self.last_error = ""
 
-    def save(self, step: int, state: TrainingState, health: Health) -> None:
-        """Copy the state and begin to save it; a record says if that is not possible now."""
-        self._faults.before_save(step)
+    def reserve(self, state: TrainingState) -> None:
+        """Make room for snapshots ahead of the first; without any room, each save will say so."""
         try:
-            stall_s = self._writer.snapshot(
+            self._snapshotter.reserve(state.tensors)
+        except SnapshotRefusedError as refusal:
+            log.warning("arena_not_reserved", why=refusal.why)
+
+    def ready(self) -> bool:
+        """Whether a snapshot could be taken now."""
+        return self._snapshotter.ready()
+
+    def wait_until_ready(self, timeout_s: float) -> bool:
+        """The same, after having waited for a slot."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self.ready():
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def has(self, step: int) -> bool:
+        """Whether the state of this step is saved, or on its way."""
+        return step == self.saved_step or step in self._under_way
+
+    def save(self, step: int, state: TrainingState, health: Health, step_s: float | None, late_steps: int = 0) -> None:
+        """Copy the state; a record says if that is not possible now. `step_s`: how long a step takes, if known."""
+        try:
+            taken = self._snapshotter.snapshot(
                 state.tensors,
                 state.extra,
                 step=step,
@@ -47,68 +112,78 @@ class Saver:
                 health=health,
             )
         except SnapshotRefusedError as refusal:
-            self._failed(step, refusal.why)
+            self.refuse(step, refusal.why)
             return
-        num_bytes = sum(tensor.nbytes for tensor in state.tensors.values())
-        self._reporter.emit(SnapshotRecord, step=step, stall_s=stall_s, bytes=num_bytes)
+        self._under_way.add(step)
+        chosen = self._schedule.taken(step, taken.stall_s, step_s)
+        self._reporter.emit(
+            SnapshotRecord,
+            step=step,
+            stall_s=taken.stall_s,
+            bytes=taken.bytes,
+            late_steps=late_steps,
+            next_steps=chosen.steps if chosen is not None else None,
+            because=chosen.because if chosen is not None else "",
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due at this step."""
+        return self._schedule.due(step)
 
     def refuse(self, step: int, why: str) -> None:
         """Say that no save of this step was begun."""
-        self._failed(step, why)
+        self.last_error = why
+        log.warning("save_failed", step=step, why=why)
+        self._reporter.emit(CommitFailedRecord, step=step, error=why)
 
     def poll(self) -> None:
-        """Report saves that have come to an end.
+        """Take in the news of saves.
 
         Raises:
             SupersededError: another writer holds the store, so nothing that this attempt does will count.
         """
-        for result in self._writer.poll():
-            match result:
-                case Committed():
-                    self._committed(result)
-                case SaveFailed():
-                    self._failed(result.step, result.error)
-                    if result.superseded:
-                        raise SupersededError(result.step, result.error)
+        for record in self._own_news():
+            match record:
+                case CommitRecord(tier="disk"):
+                    self._schedule.disk_s = record.seconds
+                case CommitRecord(tier="store"):
+                    self._under_way.discard(record.step)
+                    self.saved_step = max(record.step, self.saved_step or 0)
+                case CommitFailedRecord():
+                    self.last_error = record.error
+                    if record.gone:
+                        self._under_way.discard(record.step)
+                    if record.superseded:
+                        raise SupersededError(record.step, record.error)
 
-    def flush(self, timeout_s: float) -> None:
-        """Wait for the save that is under way, and report it."""
-        if not self._writer.flush(timeout_s):
-            self.last_error = f"still being saved after {timeout_s:.0f} s"
+    def flush(self, step: int, timeout_s: float) -> bool:
+        """Wait until the state of a step is in the store; False if it is not, or is no longer on its way.
+
+        Raises:
+            SupersededError: as `poll`.
+        """
+        deadline_s = time.monotonic() + timeout_s
         self.poll()
-
-    def close(self, timeout_s: float) -> None:
-        """The same at the end of the attempt."""
-        self._writer.close(timeout_s)
-        with contextlib.suppress(SupersededError):  # it is leaving anyway; what was committed must be known
+        while step in self._under_way:
+            if time.monotonic() > deadline_s:
+                self.last_error = f"still on its way to the store after {timeout_s:.0f} s ({self.last_error or 'slow'})"
+                return False
+            time.sleep(_POLL_S)
             self.poll()
+        return self.saved_step == step
 
-    def _committed(self, done: Committed) -> None:
-        self.saved_step = done.step
-        self._reporter.emit(
-            CommitRecord,
-            step=done.step,
-            commit=done.commit,
-            position=done.position,
-            tokens=done.tokens,
-            bytes=done.bytes,
-            seconds=done.seconds,
-        )
-        self._faults.after_commit(done.step, done.commit, self._store)
+    def close(self) -> None:
+        """Let go of the arena; what is on its way goes on without us."""
+        self._snapshotter.close()
 
-    def _failed(self, step: int, why: str) -> None:
-        self.last_error = why
-        log.warning("save_failed", step=step, why=why)
-        self._reporter.emit(CommitFailedRecord, step=step, error=why)
+    def _own_news(self) -> Iterator[object]:
+        for tail in self._news:
+            for line in tail.poll():
+                record = parse_record(line)
+                if record.attempt == self._attempt:
+                    yield record
 
 
 def finite_or_none(value: float | None) -> float | None:
     """What is not finite is not known: health figures of a manifest are finite by type."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def all_finite(state: TrainingState) -> bool:
-    """Whether every number of a state is finite; one look at the device, whatever the number of tensors."""
-    floats = [tensor for tensor in state.tensors.values() if tensor.is_floating_point()]
-    norms = torch._foreach_norm(floats, ord=float("inf"))
-    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())

@@ -6,14 +6,16 @@ its own values back (OPT's betas, composer#3154). What cannot work is found here
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 import torch
 
-from trainer.checkpoint import CheckpointError, CheckpointWriter, Loaded, StateMismatchError, load_checkpoint
+from trainer.checkpoint import Author, CheckpointError, Loaded, Snapshotter, StateMismatchError, load_checkpoint
+from trainer.checkpointing.load import ArenaTier, StoreTier, Tier
 from trainer.contract.config import RunConfig
 from trainer.contract.liveness import LivenessWriter
 from trainer.contract.paths import RunPaths
@@ -26,6 +28,7 @@ from trainer.errors import NoCandidateError, SetupError
 from trainer.evaluate import Hook, load_hook
 from trainer.faults.desk import FaultDesk
 from trainer.faults.injector import Injector
+from trainer.keeping.tier import LocalTier
 from trainer.model import GPT, Forward, padded_vocab
 from trainer.optim import build_optimizer
 from trainer.precision import Precision, resolve
@@ -68,8 +71,7 @@ class Machinery:
     step: TrainStep
     precision: Precision
     stream: DataStream
-    store: Store
-    writer: CheckpointWriter
+    snapshotter: Snapshotter
     faults: FaultDesk
     hook: Hook | None
 
@@ -103,16 +105,15 @@ def build(at: Workplace) -> Machinery:
     log.info("precision", name=precision.name, why=precision.why, device=str(device))
     step = build_step(config, vocab_size, device, precision)
     faults.attach(step)
-    store = open_store(config.store, at.paths.root, at.plan.run_id)
-    start = load(at.plan, store, step)
+    with closing(open_store(config.store, at.paths.root, at.plan.run_id)) as store:
+        start = load(at.plan, store, step, nearer_tiers(at.paths))
     faults.after_load(start.progress.step)
     plan = at.plan.anchored(start.progress.step, start.progress.position)
-    writer = build_writer(at, faults.wrap(store, config.store.allow_unconditional), start.loaded)
-    faults.is_saving = lambda: writer.busy
+    snapshotter = build_snapshotter(at, start.loaded)
     stream = open_stream(config, book, plan, start)
     if start.loaded is not None:  # last, because building the parts above may throw dice
         restore_rng(start.loaded.extra, config.seed, plan.branch)
-    return Machinery(plan, start, step, precision, stream, store, writer, faults, hook)
+    return Machinery(plan, start, step, precision, stream, snapshotter, faults, hook)
 
 
 def configure_torch(config: RunConfig) -> torch.device:
@@ -164,17 +165,16 @@ def checked_vocab_size(config: RunConfig, book: Book) -> int:
     return book.vocab_size
 
 
-def build_writer(at: Workplace, store: Store, loaded: Loaded | None) -> CheckpointWriter:
-    """The checkpoint writer of this attempt."""
-    return CheckpointWriter(
-        store,
+def build_snapshotter(at: Workplace, loaded: Loaded | None) -> Snapshotter:
+    """What copies the states of this attempt."""
+    author = Author(
         run_id=at.plan.run_id,
         epoch=at.plan.epoch,
         attempt=at.plan.attempt,
         config_digest=hashlib.sha256(at.config.model_dump_json().encode()).hexdigest(),
-        scratch_dir=at.paths.root / "scratch",
-        parent=loaded.parent if loaded is not None else None,
+        loaded=loaded.parent if loaded is not None else None,
     )
+    return Snapshotter(at.paths.arena, author)
 
 
 def open_stream(config: RunConfig, book: Book, plan: ResumePlan, start: Start) -> DataStream:
@@ -211,8 +211,14 @@ def order_facts(segments: tuple[Segment, ...], position: int) -> list[dict[str, 
     return [segment.model_dump(mode="json") for segment in segments if segment.from_position < position]
 
 
-def load(plan: ResumePlan, store: Store, step: TrainStep) -> Start:
-    """Load the first candidate that verifies; none for a fresh start.
+def nearer_tiers(paths: RunPaths) -> tuple[Tier, ...]:
+    """Where a checkpoint may be found before the store is asked, nearest first."""
+    local = LocalTier(paths.local_tier).store
+    return (ArenaTier(paths.arena, local), StoreTier("local disk", local))
+
+
+def load(plan: ResumePlan, store: Store, step: TrainStep, nearer: Sequence[Tier] = ()) -> Start:
+    """Load the first candidate that verifies, from the nearest place that has it; none for a fresh start.
 
     Raises:
         NoCandidateError: all of them failed.
@@ -223,12 +229,12 @@ def load(plan: ResumePlan, store: Store, step: TrainStep) -> Start:
     condemned: list[tuple[str, str]] = []
     for commit in plan.candidates:
         try:
-            loaded = load_checkpoint(store, commit)
+            loaded = load_checkpoint(store, commit, nearer)
             progress = restore(step.model, step.optimizer, step.scaler, loaded.tensors, loaded.extra)
         except (CheckpointError, StateMismatchError) as error:
             log.error("candidate_condemned", commit=commit, why=str(error))
             condemned.append((commit, str(error)))
             continue
-        log.info("loaded", commit=commit, step=progress.step, position=progress.position)
+        log.info("loaded", commit=commit, step=progress.step, position=progress.position, from_tier=loaded.tier)
         return Start(progress, loaded, tuple(condemned))
     raise NoCandidateError(tuple(condemned))

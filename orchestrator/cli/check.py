@@ -53,6 +53,7 @@ def _findings(here: Path) -> list[tuple[str, str, bool]]:
         ("gpu", shutil.which("nvidia-smi") or "no nvidia-smi: training runs on the CPU", True),
         ("disk", f"{shutil.disk_usage(here).free / 1e9:.1f} GB free at {here}", os.access(here, os.W_OK)),
         ("filesystem", *_filesystem(here)),
+        ("memory", _shared_memory(), True),
     ]
 
 
@@ -61,6 +62,13 @@ def _installed(package: str) -> tuple[str, bool]:
         return version(package), True
     except PackageNotFoundError:
         return "not installed; `make setup` installs it", False
+
+
+def _shared_memory() -> str:
+    where = Path("/dev/shm")  # noqa: S108  (only looked at)
+    if not where.is_dir():
+        return "no shared memory: saves take as long as the run directory's disk"
+    return f"{shutil.disk_usage(where).free / 1e9:.1f} GB shared; a save wants two copies of the state there"
 
 
 def _filesystem(here: Path) -> tuple[str, bool]:

@@ -9,6 +9,9 @@ import sys
 from typing import IO, Any
 
 from rich.console import Console
+from rich.table import Table
+
+_WIDE = 200
 
 
 class _Console(Console):
@@ -32,6 +35,14 @@ def err() -> Console:
 def say(text: str, style: str | None = None) -> None:
     """One result line."""
     out().print(text, style=style, markup=False)
+
+
+def show(table: Table) -> None:
+    """A table as wide as it is: a pipe has no width, and a name that is cut short is no name."""
+    console = out()
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDE)
+    console.print(table)
 
 
 def remark(text: str, style: str | None = None) -> None:

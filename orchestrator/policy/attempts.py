@@ -11,11 +11,12 @@ from orchestrator.policy.decisions import CaptureEvidence, EndRun, StartAttempt
 from orchestrator.policy.events import AttemptExited
 from orchestrator.policy.model import Actions
 from orchestrator.policy.rules import matching
-from orchestrator.policy.state import Incident, Recovery
+from orchestrator.policy.state import EngineState, Incident, Recovery
 from orchestrator.recovery.target import process_candidates
 from trainer.contract.plan import ReplaySpec, ResumePlan, Segment
 
 _IDLE_MOST_S = 300.0
+_ASSUMED_S = 86_400.0
 _GRACEFUL = ("preempted", "orphaned", "left")
 
 
@@ -41,6 +42,7 @@ def start(ctx: Context, recovery: Recovery, wait_s: float = 0.0) -> None:
         deferred_from=state.deferred_from,
         quarantines=tuple(state.quarantines),
         overlays=tuple(state.overlays),
+        failure_every_s=failure_every_s(state),
         incident=recovery.incident,
         because=recovery.because,
     )
@@ -52,6 +54,12 @@ def start(ctx: Context, recovery: Recovery, wait_s: float = 0.0) -> None:
             }
         )
     ctx.decide(StartAttempt(plan=plan, not_before_s=state.now_s + wait_s, incident=recovery.incident))
+
+
+def failure_every_s(state: EngineState) -> float:
+    """Mean time between failures of the process: observed, with one failure a day assumed beforehand."""
+    failures = sum(incident.cls in (IncidentClass.CRASH, IncidentClass.HANG) for incident in state.incidents)
+    return (state.trained_s + _ASSUMED_S) / (failures + 1)
 
 
 def _segments(ctx: Context) -> tuple[Segment, ...]:

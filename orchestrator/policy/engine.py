@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict
 
 from monitors.diagnosis import Diagnosis
 from monitors.records import (
+    CommitFailedRecord,
     CommitRecord,
     EvalRecord,
     Record,
+    SnapshotRecord,
     StartedRecord,
     StepRecord,
 )
@@ -25,6 +27,7 @@ from orchestrator.policy.events import (
     AttemptExited,
     AttemptSpawned,
     CheckpointRequested,
+    CheckpointsPruned,
     Event,
     HangConfirmed,
     HangSuspected,
@@ -86,6 +89,8 @@ class Engine:
                 if self.state.alive:
                     command = CheckpointNow(id=ctx.next_command())
                     ctx.decide(SendCommand(attempt=self.state.attempt, command=command))
+            case CheckpointsPruned():
+                self.state.commits = [commit for commit in self.state.commits if commit.id not in event.commits]
             case Ticked():
                 self._overdue(ctx)
             case _:
@@ -122,6 +127,8 @@ class Engine:
 
     def _record(self, ctx: Context, record: Record) -> None:
         state = self.state
+        if isinstance(record, CommitRecord | CommitFailedRecord):
+            health.on_save_ended(ctx, record)  # also of an attempt that is history: its last save may still arrive
         if record.attempt != state.attempt:
             return  # a late datagram of an attempt that is history
         replaying = state.replay is not None and state.pending is None
@@ -144,8 +151,8 @@ class Engine:
                 quarantined = tuple(quarantine.shard for quarantine in state.quarantines)
                 self._diagnosis.rewind(record.step, expect_same=self._same_expected(), quarantined=quarantined)
                 self._diagnosis.note_overlays(self._overlay_spans())
-            case CommitRecord() if not replaying:
-                health.on_commit(ctx, record)
+            case SnapshotRecord(next_steps=int() as steps):
+                state.save_every, state.save_because = steps, record.because
             case EvalRecord() if not replaying:
                 state.last_eval = (record.step, record.loss)
                 state.evals = [*state.evals[-63:], (record.step, record.loss)]
@@ -213,15 +220,17 @@ class Engine:
 
     def _overdue(self, ctx: Context) -> None:
         state, facts = self.state, self.facts
-        if state.phase != "running" or not state.commits or facts.trace:
+        stored = [commit.step for commit in state.commits if commit.where == "store"]
+        every = facts.checkpoint_every or state.save_every
+        if state.phase != "running" or not stored or every is None or facts.trace:
             return
-        silent = state.step - state.commits[-1].step
-        if silent < ctx.policy.guards.checkpoint_overdue_factor * facts.checkpoint_every:
+        since = stored[-1]
+        silent = state.step - since
+        if silent < ctx.policy.guards.checkpoint_overdue_factor * every:
             return
-        since = state.commits[-1].step
         known = any(i.cls is IncidentClass.CHECKPOINT_OVERDUE and i.onset_step == since for i in state.incidents)
         if not known:
-            why = f"{silent} steps since the last checkpoint, one is due every {facts.checkpoint_every}"
+            why = f"{silent} steps since the last checkpoint in the store, one is due every {every}"
             respond(ctx, ctx.open_incident(IncidentClass.CHECKPOINT_OVERDUE, since, state.step, why))
 
     # -- what the shell and people read ---------------------------------------------------------------------------
@@ -246,6 +255,8 @@ class Engine:
             validation=state.last_eval,
             last_good_step=max(good, default=None),
             last_commit_step=max((c.step for c in state.commits), default=None),
+            last_stored_step=max((c.step for c in state.commits if c.where == "store"), default=None),
+            checkpoint_interval=self._interval_text(),
             rollbacks_left=budgets.training.rollbacks - state.rollbacks_used,
             restarts_left=budgets.process.restarts - len(state.restarts_at_s),
             open_incidents=sum(incident.is_open for incident in state.incidents),
@@ -254,6 +265,13 @@ class Engine:
             mode=self.policy.mode,
             quarantined_shards=[self._shard_name(q.shard) for q in state.quarantines],
         )
+
+    def _interval_text(self) -> str:
+        if self.facts.checkpoint_every is not None:
+            return f"every {self.facts.checkpoint_every:,} steps, as configured"
+        if self.state.save_every is None:
+            return "automatic, nothing is measured yet"
+        return f"every {self.state.save_every:,} steps: {self.state.save_because}"
 
     def _shard_name(self, shard: int) -> str:
         names = self.state.shard_names

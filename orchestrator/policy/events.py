@@ -101,6 +101,13 @@ class CheckpointRequested(_Event):
     kind: Literal["checkpoint_requested"] = "checkpoint_requested"
 
 
+class CheckpointsPruned(_Event):
+    """A person had these commits deleted while no supervisor ran; journaled before the first of them goes."""
+
+    kind: Literal["checkpoints_pruned"] = "checkpoints_pruned"
+    commits: tuple[str, ...]
+
+
 class Ticked(_Event):
     """Time has passed; deadlines are looked at."""
 
@@ -117,6 +124,7 @@ Event = Annotated[
     | StopRequested
     | ResumeRequested
     | CheckpointRequested
+    | CheckpointsPruned
     | Ticked,
     Field(discriminator="kind"),
 ]

@@ -1,6 +1,6 @@
 """What becomes of checkpoints and recoveries as healthy steps pass: promotion, lineage, outcome. Pure."""
 
-from monitors.records import CommitRecord, StartedRecord, StepRecord
+from monitors.records import CommitFailedRecord, CommitRecord, StartedRecord, StepRecord
 from monitors.taxonomy import TAINTING, IncidentClass
 from orchestrator.policy import budgets
 from orchestrator.policy.context import Context
@@ -21,6 +21,8 @@ def on_step(ctx: Context, record: StepRecord) -> None:
     state.last_loss, state.last_lr = record.loss, record.lr
     if record.tokens and record.step_time_s is not None and record.step_time_s.total > 0:
         state.tokens_per_s = record.tokens / record.step_time_s.total
+    if record.step_time_s is not None:
+        state.trained_s += record.step_time_s.total
     state.history.append(
         HistoryRow(
             step=record.step,
@@ -66,9 +68,11 @@ def _prune(ctx: Context) -> None:
         return
     restoring = [i.target_step for i in state.incidents[-64:] if i.is_open]
     plan = plan_retention(
-        (_as_checkpoint(commit) for commit in state.commits),
+        (_as_checkpoint(commit) for commit in state.commits if commit.where == "store"),
         keep_good=ctx.facts.keep_good,
         restoring=[commit.id for commit in state.commits if commit.step in restoring],
+        keep_for=ctx.facts.keep_for,
+        now_s=state.now_s,
     )
     doomed = list(plan.delete)
     if not any(incident.is_open for incident in state.incidents[-64:]):
@@ -81,7 +85,7 @@ def _prune(ctx: Context) -> None:
 def _as_checkpoint(commit: Commit) -> Checkpoint:
     return Checkpoint(
         id=commit.id, step=commit.step, epoch=0, attempt=0, state=commit.standing, verified=commit.standing == "good",
-        pinned=False, in_lineage=True, bytes=0,
+        pinned=False, in_lineage=True, bytes=0, committed_at_s=commit.committed_at_s,
     )  # fmt: skip
 
 
@@ -106,12 +110,26 @@ def _account_recompute(ctx: Context, incident: Incident) -> None:
         incident.cost.recompute_s = max(0.0, state.now_s - since) if incident.cost.steps else 0.0
 
 
-def on_commit(ctx: Context, record: CommitRecord) -> None:
+def on_save_ended(ctx: Context, record: CommitRecord | CommitFailedRecord) -> None:
+    """A save has come a place further, or to nothing. Of an attempt that is history, only what is known counts."""
+    state = ctx.state
+    known = next((commit for commit in state.commits if commit.id == record.commit), None)
+    match record:
+        case CommitRecord() if known is not None:
+            known.where = "store" if record.tier == "store" else known.where
+        case CommitRecord() if record.attempt == state.attempt:
+            _on_commit(ctx, record)
+        case CommitFailedRecord(gone=True) if known is not None and known.where == "disk":
+            state.commits.remove(known)
+
+
+def _on_commit(ctx: Context, record: CommitRecord) -> None:
     """A checkpoint exists."""
     state = ctx.state
-    if any(commit.id == record.commit for commit in state.commits):
-        return
-    commit = Commit(id=record.commit, step=record.step, position=record.position, tokens=record.tokens)
+    commit = Commit(
+        id=record.commit, step=record.step, position=record.position, tokens=record.tokens, where=record.tier,
+        committed_at_s=state.now_s,
+    )  # fmt: skip
     if record.step == 0:
         commit.standing = "good"  # nothing was trained that could be wrong
         ctx.decide(WriteVerdict(commit=commit.id, verdict="good", why="initial state"))

@@ -11,16 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from monitors.settings import DetectSettings
 from monitors.taxonomy import IncidentClass
+from trainer.contract.durations import DurationS
 from trainer.contract.liveness import Phase
-
-_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def _duration_s(value: object) -> object:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("a duration is a number with a unit: 30s, 5m, 6h, 2d")
-    return float(match[1]) * _UNITS_S[match[2]]
 
 
 def _batches(value: object) -> object:
@@ -30,7 +22,6 @@ def _batches(value: object) -> object:
     return int(match[1])
 
 
-DurationS = Annotated[float, BeforeValidator(_duration_s, json_schema_input_type=str)]
 Batches = Annotated[int, BeforeValidator(_batches, json_schema_input_type=str), Field(ge=1)]
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from monitors.taxonomy import Evidence, IncidentClass
+from orchestrator.recovery.retention import Spacing
 from trainer.contract.plan import OrderSpec, Overlay, Quarantine, Segment, SkipRange
 
 Verdict = Literal["hardware", "data", "data_and_state", "state", "inconclusive"]
@@ -33,7 +34,8 @@ class RunFacts(BaseModel):
     batch_samples: int
     good_after_steps: int = 100
     keep_good: int = 3
-    checkpoint_every: int = 1000
+    keep_for: tuple[Spacing, ...] = ()
+    checkpoint_every: int | None = Field(default=1000, description="None: the trainer chooses and says so")
     has_validation: bool = True
     planned_changes: tuple[int, ...] = ()
     trace: bool = Field(default=False, description="a recorded run is replayed: no evaluation can be asked for")
@@ -46,7 +48,9 @@ class Commit(_Mutable):
     step: int
     position: int
     tokens: int
+    where: Literal["disk", "store"] = Field(default="store", description="disk: on its way to the store")
     standing: Literal["committed", "good", "bad"] = "committed"
+    committed_at_s: float | None = Field(default=None, description="the journaled time of its record")
     tainted: bool = Field(default=False, description="lies within an incident: never promoted")
 
 
@@ -165,6 +169,9 @@ class EngineState(_Mutable):
     last_loss: float | None = None
     last_lr: float | None = None
     tokens_per_s: float | None = None
+    trained_s: float = Field(default=0.0, description="time spent in steps, those that were lost later included")
+    save_every: int | None = Field(default=None, description="steps between checkpoints, as the trainer chose last")
+    save_because: str = ""
     last_eval: tuple[int, float] | None = None
     peak_lr: float | None = None
     precision: str = ""
@@ -224,6 +231,8 @@ class RunStatus(BaseModel):
     validation: tuple[int, float] | None
     last_good_step: int | None
     last_commit_step: int | None
+    last_stored_step: int | None = None
+    checkpoint_interval: str = ""
     rollbacks_left: int
     restarts_left: int
     open_incidents: int

@@ -126,6 +126,10 @@ class Attempt:
         """When `advance` is to be called next; None if only its end can move it."""
         return self._kill_at_s if self._status is None else self._drain_at_s
 
+    def ask_again(self, now_s: float) -> None:
+        """Its departure is not to be told yet; `advance` gives it again in a moment."""
+        self._drain_at_s = now_s + _DRAIN_EVERY_S
+
     def advance(self, now_s: float) -> Departure | None:
         """Do the stage that is due; the departure, once nothing of it is left."""
         if self._status is None:

@@ -16,10 +16,10 @@ import structlog
 from pydantic import ValidationError
 
 from monitors.records import Record, parse_record
+from monitors.tail import Tail
 from orchestrator.journal import Cursor
-from trainer.contract.paths import RunPaths
+from trainer.contract.paths import KEEPER_ROLES, KeeperRole, RunPaths
 
-_READ_BYTES = 1 << 20  # of one poll: bounds the time and the size of one transaction
 _DATAGRAM_BYTES = 1 << 16
 _MAX_BELLS = 4096
 _LOG = structlog.get_logger(__name__)
@@ -63,51 +63,44 @@ class Bell:
         self.close()
 
 
+def keeper_number(role: KeeperRole) -> int:
+    """Attempts count from 1, so 0 and below are free for the senders that belong to none."""
+    return -KEEPER_ROLES.index(role)
+
+
 @dataclass(slots=True)
 class Inbox:
-    """Reads the records of one attempt from a cursor on."""
+    """Reads the records of one sender from a cursor on: of an attempt, or of a keeper (`role`), about any attempt."""
 
     paths: RunPaths
     attempt: int
     cursor: Cursor = field(default_factory=Cursor)
     rejected: int = 0
+    role: KeeperRole | None = None
+
+    @classmethod
+    def of_keeper(cls, paths: RunPaths, role: KeeperRole, cursor: Cursor) -> Self:
+        """The records of a keeper. `attempt` is then the number under which the journal keeps its cursor."""
+        return cls(paths, keeper_number(role), cursor, role=role)
 
     def poll(self) -> list[Record]:
         """Records that are complete by now and were not delivered yet, up to about a megabyte of them."""
-        raw = self._read()
-        complete = raw[: raw.rfind(b"\n") + 1]
-        records = list(self._parsed(complete))
+        file = self.paths.records(self.attempt) if self.role is None else self.paths.keeper_records(self.role)
+        tail = Tail(file, self.cursor.offset)
+        records = list(self._parsed(tail.poll()))
         seq = records[-1].seq if records else self.cursor.seq
-        self.cursor = Cursor(seq, self.cursor.offset + len(complete))
+        self.cursor = Cursor(seq, tail.offset)
         return records
 
-    def _read(self) -> bytes:
-        try:
-            descriptor = os.open(self.paths.records(self.attempt), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return b""
-        try:
-            if os.fstat(descriptor).st_size <= self.cursor.offset:
-                return b""
-            raw = os.pread(descriptor, _READ_BYTES, self.cursor.offset)
-            while b"\n" not in raw:  # one line longer than a read: take it whole
-                more = os.pread(descriptor, _READ_BYTES, self.cursor.offset + len(raw))
-                if not more:
-                    break
-                raw += more
-            return raw
-        finally:
-            os.close(descriptor)
-
-    def _parsed(self, complete: bytes) -> Iterator[Record]:
+    def _parsed(self, lines: list[bytes]) -> Iterator[Record]:
         last = self.cursor.seq
-        for line in complete.splitlines():
+        for line in lines:
             try:
                 record = parse_record(line)
             except ValidationError as error:
                 self._reject("not a record of this version", error.error_count())
                 continue
-            if record.attempt != self.attempt:
+            if self.role is None and record.attempt != self.attempt:
                 self._reject("names another attempt", record.attempt)
             elif record.seq > last:  # a repeated number was delivered already
                 if record.seq != last + 1:

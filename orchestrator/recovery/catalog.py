@@ -4,7 +4,8 @@ Listing opens nothing (five listings, whatever the number of commits); `verify` 
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from orchestrator.recovery.retention import Checkpoint
 from trainer.contract import fence, verdicts
@@ -20,7 +21,7 @@ from trainer.contract.manifest import (
 )
 from trainer.contract.store import ObjectMissing, Store
 
-__all__ = ["Checkpoint", "Verification", "list_checkpoints", "read_manifest", "verify"]
+__all__ = ["Checkpoint", "Verification", "list_checkpoints", "read_manifest", "verify", "with_local"]
 
 _DATA = "data/"
 
@@ -39,8 +40,12 @@ class Verification:
         return not self.problems
 
 
-def list_checkpoints(store: Store) -> list[Checkpoint]:
+def list_checkpoints(store: Store, times_s: Mapping[str, float] | None = None) -> list[Checkpoint]:
     """Every commit in the store, oldest step first; those of abandoned branches have `in_lineage` false.
+
+    Args:
+        store: the run's.
+        times_s: when each was committed, as the journal knows it; the store's own clock is not asked.
 
     Raises:
         StoreError: the store cannot be asked.
@@ -49,10 +54,40 @@ def list_checkpoints(store: Store) -> list[Checkpoint]:
     present = fence.commits_present(store)
     current = set(fence.lineage(store).commits)
     facts = verdicts.read_verdicts(store)
+    sizes, at_s = _sizes(store), times_s or {}
+    return [_entry(name, facts.of(name), name in current, sizes[name], at_s.get(name)) for name in present]
+
+
+def with_local(
+    found: list[Checkpoint], store: Store, local: Store, times_s: Mapping[str, float] | None = None
+) -> list[Checkpoint]:
+    """The same with what lies on the node's own disk: also there, or only there, on its way to the store.
+
+    Raises:
+        StoreError: the store cannot be asked.
+        FenceError: the newest fence is damaged.
+    """
+    on_disk = fence.commits_present(local)
+    known = {checkpoint.id for checkpoint in found}
+    sizes = _sizes(local)
+    epoch = fence.current_epoch(store)
+    lineage = fence.select_lineage(fence.read_fence(store, epoch), on_disk) if epoch is not None else ()
+    both = [replace(one, where=("disk", "store")) if one.id in on_disk else one for one in found]
+    waiting = [
+        replace(
+            _entry(name, verdicts.Standing(), name in lineage, sizes[name], (times_s or {}).get(name)), where=("disk",)
+        )
+        for name in on_disk
+        if name not in known
+    ]
+    return sorted([*both, *waiting], key=lambda checkpoint: parse_commit_id(checkpoint.id))
+
+
+def _sizes(store: Store) -> Mapping[str, int]:
     sizes: dict[str, int] = defaultdict(int)
     for item in store.list(_DATA):
         sizes[item.key.split("/")[1]] += item.bytes
-    return [_entry(commit, facts.of(commit), commit in current, sizes[commit]) for commit in present]
+    return sizes
 
 
 def read_manifest(store: Store, commit: str) -> Sealed:
@@ -104,7 +139,9 @@ def _object_problem(store: Store, entry: ObjectEntry) -> str | None:
     return None if crc == entry.crc32c else f"{entry.key} does not match its CRC32C: it was changed after the save"
 
 
-def _entry(commit: str, standing: verdicts.Standing, in_lineage: bool, size: int) -> Checkpoint:
+def _entry(
+    commit: str, standing: verdicts.Standing, in_lineage: bool, size: int, committed_at_s: float | None
+) -> Checkpoint:
     named = parse_commit_id(commit)
     return Checkpoint(
         id=commit,
@@ -116,4 +153,5 @@ def _entry(commit: str, standing: verdicts.Standing, in_lineage: bool, size: int
         pinned=standing.pinned,
         in_lineage=in_lineage,
         bytes=size,
+        committed_at_s=committed_at_s,
     )

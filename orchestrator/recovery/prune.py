@@ -1,4 +1,4 @@
-"""How checkpoints go: the manifest first, then the data, then the facts. Which ones is decided in `retention`.
+"""How checkpoints go: the manifest first, then the facts, then the data. Which ones is decided in `retention`.
 
 Only the holder of the newest epoch may call these.
 """
@@ -22,7 +22,7 @@ def prune(store: Store, commits: Iterable[str]) -> int:
         if facts.of(commit).pinned:
             continue
         store.delete(manifest_key(commit))
-        freed += _delete_data(store, commit)
+        freed += _delete_rest(store, commit)
     return freed
 
 
@@ -34,14 +34,15 @@ def sweep(store: Store, epoch: int) -> int:
     base = fence.read_fence(store, epoch)
     known = {*fence.commits_present(store), *base.ancestry, base.base}
     orphans = {item.key.split("/")[1] for item in store.list("data/")} - known
-    return sum(_delete_data(store, commit) for commit in sorted(orphans) if parse_commit_id(commit).epoch < epoch)
+    return sum(_delete_rest(store, commit) for commit in sorted(orphans) if parse_commit_id(commit).epoch < epoch)
 
 
-def _delete_data(store: Store, commit: str) -> int:
+def _delete_rest(store: Store, commit: str) -> int:
+    """The data goes last: as long as some of it is there, a sweep finds what else is left."""
+    for key in verdicts.facts_keys(commit):
+        store.delete(key)
     freed = 0
     for item in store.list(f"data/{commit}/"):
         store.delete(item.key)
         freed += item.bytes
-    for key in verdicts.facts_keys(commit):
-        store.delete(key)
     return freed

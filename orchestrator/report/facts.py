@@ -32,6 +32,15 @@ def run_status(paths: RunPaths) -> dict[str, Any]:
     return facts
 
 
+def commit_times(journal: Journal) -> dict[str, float]:
+    """When each commit was journaled, unix seconds by the clock of the supervisor of that moment."""
+    rows = journal.select(
+        "SELECT json_extract(json, '$.record.commit') AS name, MIN(at_s) AS at_s FROM events "
+        "WHERE kind = 'record_received' AND json_extract(json, '$.record.kind') = 'commit' GROUP BY name"
+    )
+    return {row["name"]: row["at_s"] for row in rows}
+
+
 def shown_incidents(journal: Journal) -> list[dict[str, Any]]:
     """Every incident that was more than a suspicion, oldest first, in the published form."""
     return [incident for incident in journal.incidents() if incident["state"] not in _NOT_SHOWN]

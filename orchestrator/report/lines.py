@@ -132,7 +132,7 @@ def _record_line(record: Record) -> str | None:
             )
         case EvalRecord():
             return line("eval", step=record.step, loss=round(record.loss, 4), perplexity=round(record.perplexity, 3))
-        case CommitRecord():
+        case CommitRecord(tier="store"):
             return line("checkpoint", step=record.step, id=record.commit, seconds=round(record.seconds, 2))
         case CommitFailedRecord():
             return line("checkpoint_failed", step=record.step, error=record.error)

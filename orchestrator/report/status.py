@@ -33,6 +33,7 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("lr", _lr(facts.get("lr"), factor)),
         ("tokens", f"{short(facts.get('tokens') or 0)}{_speed(facts.get('tokens_per_s'))}"),
         ("checkpoint", _checkpoints(facts)),
+        ("interval", facts.get("checkpoint_interval") or ""),
         ("incidents", f"{facts.get('incidents', 0)}, {facts.get('open_incidents', 0)} open"),
         ("budget", f"{facts.get('rollbacks_left')} rollbacks, {facts.get('restarts_left')} restarts left"),
         ("quarantine", ", ".join(facts.get("quarantined_shards") or ())),
@@ -53,4 +54,6 @@ def _checkpoints(facts: Mapping[str, Any]) -> str:
     last, good = facts.get("last_commit_step"), facts.get("last_good_step")
     if last is None:
         return ""
-    return f"step {last:,}, " + (f"last good one step {good:,}" if good is not None else "none good yet")
+    stored = facts.get("last_stored_step")
+    there = "" if stored in (None, last) else f", in the store step {stored:,}"
+    return f"step {last:,}{there}, " + (f"last good one step {good:,}" if good is not None else "none good yet")

@@ -54,12 +54,16 @@ def test_one_of_many_claims_wins(store: Store) -> None:
 
 
 def test_an_old_writer_learns_that_it_is_old(store: Store) -> None:
-    """After a newer claim neither the old epoch's check nor a claim below the newest passes."""
+    """After a newer claim only commits that it builds on are accepted, and no claim below the newest passes."""
+    base, ancestor, other = (commit_id(step, 1, 1) for step in (20, 10, 30))
+    fence.ensure_accepted(store, base)
     fence.claim(store, make_fence(1))
-    fence.ensure_current(store, 1)
-    fence.claim(store, make_fence(3))
+    fence.ensure_accepted(store, other)
+    fence.claim(store, make_fence(3, base=base, ancestry=(ancestor,)))
+    for known in (base, ancestor, commit_id(40, 3, 3)):
+        fence.ensure_accepted(store, known)
     with pytest.raises(FenceLostError):
-        fence.ensure_current(store, 1)
+        fence.ensure_accepted(store, other)
     with pytest.raises(FenceLostError):
         fence.claim(store, make_fence(2))
 

@@ -7,7 +7,8 @@ import torch
 
 from orchestrator.recovery.catalog import list_checkpoints, read_manifest, verify
 from orchestrator.recovery.prune import prune, sweep
-from trainer.checkpoint import CheckpointError, CheckpointWriter, Committed, load_checkpoint
+from tests.trainer import saving
+from trainer.checkpoint import CheckpointError, load_checkpoint
 from trainer.contract import fence, verdicts
 from trainer.contract.config import StoreConfig
 from trainer.contract.manifest import commit_id, data_key, manifest_key
@@ -32,16 +33,10 @@ def claim(store: Store, epoch: int, base: str | None = None, ancestry: tuple[str
     fence.claim(store, body)
 
 
-def save(store: Store, scratch: Path, step: int, epoch: int) -> str:
+def save(store: Store, root: Path, step: int, epoch: int) -> str:
     """Save a small state."""
-    writer = CheckpointWriter(
-        store, run_id="run-1", epoch=epoch, attempt=epoch, config_digest="", scratch_dir=scratch / "scratch"
-    )
-    writer.snapshot({"model.w": torch.full((100,), float(step))}, {}, step=step, position=step, tokens=step)
-    assert writer.close(30)
-    (done,) = writer.poll()
-    assert isinstance(done, Committed)
-    return done.commit
+    tensors = {"model.w": torch.full((100,), float(step))}
+    return saving.save(store, root / f"e{epoch}", tensors, step, epoch=epoch).manifest.commit
 
 
 def test_listing(store: Store, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from trainer.contract.paths import RunPaths
 
 VERBS = (
     ["init"], ["check"], ["launch"], ["resume"], ["status"], ["stop"], ["checkpoint"], ["incidents"], ["checkpoints"],
-    ["replay"], ["data", "prepare"], ["schema"], ["doctor"],
+    *(["checkpoints", verb] for verb in ("list", "verify", "pin", "unpin", "prune", "export")),
+    ["ledger"], ["replay"], ["data", "prepare"], ["schema"], ["doctor"],
 )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def test_without_run_the_newest_below_here_is_meant(here: Path, capsys: pytest.C
     assert found == ["new", "old", "older"]
 
 
-@pytest.mark.parametrize("verb", ["status", "incidents", "checkpoints", "stop", "checkpoint"])
+@pytest.mark.parametrize("verb", ["status", "incidents", "checkpoints", "ledger", "stop", "checkpoint"])
 def test_no_run_is_said_clearly(verb: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit 2 with the way on, and nothing on stdout."""
     assert run([verb]) == 2

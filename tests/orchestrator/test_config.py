@@ -7,7 +7,9 @@ import pytest
 
 from orchestrator.config import check_changes, resolve, resolve_again, write_resolved
 from orchestrator.documents import ConfigError
+from orchestrator.facts import facts_of
 from orchestrator.policy.shipped import shipped_policy
+from orchestrator.recovery.retention import Spacing
 from trainer.contract.config import RunConfig
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
@@ -182,3 +184,30 @@ def test_demo_is_valid_and_plants_three_faults() -> None:
     run = resolve(EXAMPLES[0].parent / "demo" / "run.yaml")
 
     assert [fault.kind for fault in run.config.faults] == ["sigkill", "lr_bomb", "bad_shard"]
+
+
+def test_rules_of_age_are_durations_and_survive_being_kept(tmp_path: Path) -> None:
+    """Written as people do, in seconds inside, and the resolved copy reads back as the same."""
+    rules = [{"every": "1h", "for": "1d"}, {"every": "1.5d", "for": "30d"}]
+    run = resolve(_run_yaml(tmp_path, f"checkpoint: {json.dumps({'keep_for': rules})}\n"))
+
+    again = RunConfig.model_validate_json(run.config_json)
+
+    assert again.checkpoint == run.config.checkpoint
+    assert facts_of(again).keep_for == (Spacing(3600.0, 86400.0), Spacing(129600.0, 2592000.0))
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"every": 60, "for": "1d"}, "a duration is a number with a unit"),
+        ({"every": "2d", "for": "1d"}, "longer than `for`"),
+        ({"every": "0s", "for": "1d"}, "greater than 0"),
+        ({"every": "1h"}, "for"),
+    ],
+)
+def test_rules_of_age_that_make_no_sense_are_refused(rule: dict[str, object], said: str, tmp_path: Path) -> None:
+    """With their place in the file."""
+    (problem,) = _said(_run_yaml(tmp_path, f"checkpoint: {json.dumps({'keep_for': [rule]})}\n"))
+    assert "checkpoint.keep_for.0" in problem
+    assert said in problem

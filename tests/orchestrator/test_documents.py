@@ -68,7 +68,7 @@ def test_unknown_key_names_the_nearest_and_the_allowed_ones() -> None:
     problem = _only(_GOOD + "checkpoint: {evry_steps: 3}\n")
 
     assert problem.startswith("run.yaml:4:14: checkpoint.evry_steps: unknown key; did you mean 'every_steps'?")
-    assert problem.endswith("allowed: every_steps, good_after_steps, keep_good")
+    assert problem.endswith("allowed: every_steps, good_after_steps, keep_good, keep_for, patience_s, keep_local")
 
 
 def test_value_of_a_closed_list_names_the_nearest_and_the_allowed_ones() -> None:

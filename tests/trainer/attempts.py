@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from tests.keepers import keepers
 from trainer.attempt import Attempt
 from trainer.contract.config import RunConfig
 from trainer.contract.fence import commits_present
-from trainer.contract.paths import RunPaths
+from trainer.contract.paths import KEEPER_ROLES, RunPaths
 from trainer.contract.plan import ResumePlan
 from trainer.contract.store import Store, open_store
 
 VOCAB = 64
 SHARD_TOKENS = 4000
+#: Steps take a millisecond here: saves are waited for, and none is passed over on its way to the store.
+SAVING = {"every_steps": 4, "patience_s": 30, "keep_local": 50}
 DEADLINE_S = 90.0  # for a process; its start alone takes seconds on a busy machine
 
 
@@ -66,7 +69,7 @@ class TinyRun:
                     "window_blocks": 2,
                 },
                 "evaluate": {"every_steps": 1000, "sequences": 16},
-                "checkpoint": {"every_steps": 4},
+                "checkpoint": SAVING,
                 "store": {"url": str(self.root / "store"), "timeout_s": 10},
                 "deadlines": {"save": 30},
                 "monitor": {"details_every": 5},
@@ -94,7 +97,7 @@ class TinyRun:
     def run(self, attempt: int = 1, **changes: Any) -> int:
         """One attempt in this process; its exit code."""
         self.plan(attempt, **changes)
-        with Attempt(self.paths, attempt) as entered:
+        with keepers(self.paths, self.config), Attempt(self.paths, attempt) as entered:
             return int(entered.run())
 
     def spawn(self, attempt: int = 1, **changes: Any) -> subprocess.Popen[bytes]:
@@ -108,17 +111,20 @@ class TinyRun:
 
     def finish(self, attempt: int = 1, **changes: Any) -> int:
         """The same, waited for."""
-        process = self.spawn(attempt, **changes)
-        try:
-            return process.wait(DEADLINE_S)
-        finally:
-            process.kill()
-            process.wait()
+        with keepers(self.paths, self.config):
+            process = self.spawn(attempt, **changes)
+            try:
+                return process.wait(DEADLINE_S)
+            finally:
+                process.kill()
+                process.wait()
 
     def records(self, attempt: int, kind: str) -> list[dict[str, Any]]:
-        """Records of one kind, in order."""
-        rows = [json.loads(line) for line in self.paths.records(attempt).read_text().splitlines()]
-        return [row for row in rows if row["kind"] == kind]
+        """Records of one kind about an attempt, in order; of commits those in the store."""
+        files = [self.paths.records(attempt), *(self.paths.keeper_records(role) for role in KEEPER_ROLES)]
+        lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]
+        rows = [row for row in map(json.loads, lines) if (row["attempt"], row["kind"]) == (attempt, kind)]
+        return [row for row in rows if row.get("tier") != "disk"]
 
     def losses(self, *attempts: int) -> dict[int, float]:
         """Step -> loss of the surviving history of these attempts."""

@@ -1,21 +1,19 @@
 """A tiny model with everything that is hard to save, and one save from beginning to end."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint import (
-    CheckpointWriter,
-    Committed,
-    Health,
-    SaveFailed,
-    model_tensors,
-    named_parameters,
-    optimizer_tensors,
-)
-from trainer.contract.manifest import commit_id
+from trainer.checkpoint import Author, Health, Parent, Snapshotter, model_tensors, named_parameters, optimizer_tensors
+from trainer.contract import arena
+from trainer.contract.arena import ArenaReader, Slot
+from trainer.contract.manifest import Sealed, commit_id
 from trainer.contract.store import Store
+from trainer.keeping.persist import describe, persist
+from trainer.keeping.tier import LocalTier
+from trainer.keeping.upload import upload
 
 STEP = 3
 COMMIT = commit_id(STEP, 1, 1)
@@ -69,19 +67,73 @@ def full_state(model: TinyModel, optimizer: torch.optim.AdamW) -> dict[str, Tens
     return model_tensors(model) | optimizer_tensors(optimizer, named_parameters(model))
 
 
-def writer_of(store: Store, tmp_path: Path, epoch: int = 1, object_bytes: int = 300) -> CheckpointWriter:
-    """A writer whose objects are so small that a tiny model has several."""
-    return CheckpointWriter(
-        store, run_id="run-1", epoch=epoch, attempt=1, config_digest="c", scratch_dir=tmp_path / "scratch",
-        object_bytes=object_bytes,
-    )  # fmt: skip
+@dataclass
+class Saving:
+    """One attempt's way from tensors to the store, step by step. Objects are so small that a tiny model has several."""
+
+    store: Store
+    root: Path
+    epoch: int = 1
+    object_bytes: int = 300
+    loaded: Parent | None = None
+    tier: LocalTier = field(init=False)
+    snapshotter: Snapshotter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.tier = LocalTier(self.root / "checkpoints")
+        author = Author("run-1", self.epoch, self.epoch, "c", self.loaded)
+        self.snapshotter = Snapshotter(self.root / "arena", author, self.object_bytes)
+
+    def snapshot(self, tensors: dict[str, Tensor], step: int = STEP, extra: dict[str, object] | None = None) -> str:
+        """Copy the tensors; returns the name of the commit to be."""
+        taken = self.snapshotter.snapshot(
+            tensors, extra or {}, step=step, position=2 * step, tokens=16 * step, health=Health(loss=2.0)
+        )
+        return taken.commit
+
+    def pending(self) -> list[Slot]:
+        """Slots that are not on disk yet, oldest first."""
+        with ArenaReader(self.root / "arena") as reader:
+            return sorted((slot for slot in reader.slots() if slot.is_pending), key=lambda slot: slot.number)
+
+    def persist(self) -> Sealed:
+        """Put the oldest pending snapshot on the local disk and release its slot, whatever came of it."""
+        with ArenaReader(self.root / "arena") as reader:
+            slot = self.pending()[0]
+            try:
+                return persist(reader, slot, describe(reader, slot), self.tier, lambda: None)
+            finally:
+                reader.release(slot)
+
+    def upload(self, commit: str) -> Sealed:
+        """Send one commit to the store."""
+        sealed = upload(self.tier, self.store, commit, lambda: None)
+        self.tier.mark_uploaded(commit)
+        return sealed
+
+    def save(self, tensors: dict[str, Tensor], step: int = STEP, extra: dict[str, object] | None = None) -> Sealed:
+        """One save from beginning to end."""
+        commit = self.snapshot(tensors, step, extra)
+        self.persist()
+        return self.upload(commit)
+
+    def close(self) -> None:
+        """Let go of the arena and remove it."""
+        self.snapshotter.close()
+        arena.remove(self.root / "arena")
+
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def save(
-    writer: CheckpointWriter, tensors: dict[str, Tensor], step: int = STEP, extra: dict[str, object] | None = None
-) -> Committed | SaveFailed:
-    """One save from beginning to end."""
-    writer.snapshot(tensors, extra or {}, step=step, position=6, tokens=48, health=Health(loss=2.0))
-    assert writer.flush(30)
-    (result,) = writer.poll()
-    return result
+    store: Store, root: Path, tensors: dict[str, Tensor], step: int = STEP, extra: dict[str, object] | None = None,
+    epoch: int = 1,
+) -> Sealed:  # fmt: skip
+    """One save of an attempt that does nothing else."""
+    with Saving(store, root, epoch) as saving:
+        return saving.save(tensors, step, extra)

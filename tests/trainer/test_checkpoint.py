@@ -1,16 +1,14 @@
 """Saving and loading: bit-exact, all or nothing, one at a time, and never a state that is not finite."""
 
 from pathlib import Path
-from threading import Event
 
 import pytest
 import torch
 
-from tests.trainer.saving import COMMIT, STEP, TinyModel, full_state, save, train, trained, writer_of
+from tests.trainer.saving import COMMIT, STEP, Saving, TinyModel, full_state, save, train, trained
 from trainer.checkpoint import (
     CheckpointError,
-    Committed,
-    SaveFailed,
+    NonFiniteStateError,
     SnapshotRefusedError,
     StateMismatchError,
     load_checkpoint,
@@ -24,7 +22,7 @@ from trainer.contract import fence
 from trainer.contract.backends import LocalBackend
 from trainer.contract.config import StoreConfig
 from trainer.contract.manifest import commit_id, manifest_key, unseal
-from trainer.contract.store import Store, open_store
+from trainer.contract.store import Store, StoreUnavailable, open_store
 
 
 @pytest.fixture
@@ -39,8 +37,7 @@ def test_everything_comes_back(store: Store, tmp_path: Path, dtype: torch.dtype)
     model, optimizer = trained(dtype)
     tensors = full_state(model, optimizer)
     tensors |= {"x.empty": torch.empty(0, 4), "x.i64": torch.tensor([2**62, -1]), "x.bool": torch.tensor(True)}
-    done = save(writer_of(store, tmp_path), tensors, extra={"rng": [1, 2], "step": STEP, "window": [0.1]})
-    assert isinstance(done, Committed)
+    done = save(store, tmp_path, tensors, extra={"rng": [1, 2], "step": STEP, "window": [0.1]}).manifest
     assert (done.commit, done.step, done.position, done.tokens) == (COMMIT, STEP, 6, 48)
 
     loaded = load_checkpoint(store, COMMIT)
@@ -58,7 +55,7 @@ def test_everything_comes_back(store: Store, tmp_path: Path, dtype: torch.dtype)
 def test_training_goes_on_to_the_last_bit(store: Store, tmp_path: Path, dtype: torch.dtype) -> None:
     """A restored model and optimizer, float32 moments of bfloat16 weights included, continue like the original."""
     model, optimizer = trained(dtype)
-    save(writer_of(store, tmp_path), full_state(model, optimizer))
+    save(store, tmp_path, full_state(model, optimizer))
     loaded = load_checkpoint(store, COMMIT)
     again = TinyModel(dtype)
     optimizer_again = torch.optim.AdamW(again.parameters(), lr=1e-2)
@@ -84,8 +81,7 @@ def test_tied_weights_are_saved_once() -> None:
 def test_the_state_before_any_update(store: Store, tmp_path: Path) -> None:
     """Step 0 has no optimizer state, and loading it takes the optimizer back to none."""
     model, optimizer = trained(steps=0)
-    done = save(writer_of(store, tmp_path), full_state(model, optimizer), step=0)
-    assert isinstance(done, Committed)
+    done = save(store, tmp_path, full_state(model, optimizer), step=0).manifest
     train(model, optimizer, 1)
     loaded = load_checkpoint(store, done.commit)
     restore_model(model, loaded.tensors)
@@ -95,99 +91,87 @@ def test_the_state_before_any_update(store: Store, tmp_path: Path) -> None:
 
 def test_a_snapshot_is_a_copy(store: Store, tmp_path: Path) -> None:
     """What training does to the tensors after the snapshot is not in the checkpoint."""
-    gate = Event()
-    slow = Store(_Gated(tmp_path / "gated", gate), "test://", 30.0)
-    writer = writer_of(slow, tmp_path)
     weight = torch.ones(5)
-    writer.snapshot({"model.w": weight}, {}, step=STEP, position=0, tokens=0)
-    weight.zero_()
-    gate.set()
-    assert writer.flush(30)
-    assert torch.equal(load_checkpoint(slow, COMMIT).tensors["model.w"], torch.ones(5))
+    with Saving(store, tmp_path) as saving:
+        commit = saving.snapshot({"model.w": weight})
+        weight.zero_()
+        saving.persist()
+        saving.upload(commit)
+    assert torch.equal(load_checkpoint(store, COMMIT).tensors["model.w"], torch.ones(5))
 
 
-class _Gated(LocalBackend):
-    """A store on disk that takes no data until the gate opens."""
-
-    def __init__(self, root: Path, gate: Event) -> None:
-        super().__init__(root)
-        self.gate = gate
-
-    def put_file(self, key: str, path: Path, timeout_s: float) -> None:
-        """Wait, then store."""
-        assert self.gate.wait(30)
-        super().put_file(key, path, timeout_s)
-
-
-def test_never_two_saves_at_once(tmp_path: Path) -> None:
-    """While one is being saved, a snapshot is refused with the reason; afterwards it is taken."""
-    gate = Event()
-    writer = writer_of(Store(_Gated(tmp_path / "gated", gate), "test://", 30.0), tmp_path)
+def test_a_third_snapshot_waits_for_a_slot(store: Store, tmp_path: Path) -> None:
+    """Two may wait for the disk; a third is refused with the reason until one of them is there, and none is lost."""
     state = {"model.w": torch.ones(5)}
-    writer.snapshot(state, {}, step=STEP, position=0, tokens=0)
-    assert writer.busy
-    assert not writer.flush(0.01)
-    with pytest.raises(SnapshotRefusedError, match="still under way"):
-        writer.snapshot(state, {}, step=STEP + 1, position=0, tokens=0)
-    gate.set()
-    assert writer.flush(30)
-    with pytest.raises(SnapshotRefusedError, match="committed already"):
-        writer.snapshot(state, {}, step=STEP, position=0, tokens=0)
-    writer.snapshot(state, {}, step=STEP + 1, position=0, tokens=0)
-    assert writer.close(30)
-    assert [type(result) for result in writer.poll()] == [Committed, Committed]
+    with Saving(store, tmp_path) as saving:
+        commits = [saving.snapshot(state, step) for step in (1, 2)]
+        assert not saving.snapshotter.ready()
+        with pytest.raises(SnapshotRefusedError, match="both slots"):
+            saving.snapshot(state, 3)
+        saving.persist()
+        assert saving.snapshotter.ready()
+        commits.append(saving.snapshot(state, 3))
+        assert [saving.persist().manifest.step for _ in range(2)] == [2, 3]
+        for commit in commits:
+            saving.upload(commit)
+    assert fence.commits_present(store) == tuple(commits)
 
 
 def test_commits_name_their_parents(store: Store, tmp_path: Path) -> None:
     """Each manifest names the one before it and its digest, the first of an attempt the one that was loaded."""
-    writer = writer_of(store, tmp_path)
-    first, second = (save(writer, {"model.w": torch.ones(2)}, step=step) for step in (1, 2))
-    assert isinstance(first, Committed)
-    parent = load_checkpoint(store, commit_id(2, 1, 1)).manifest.parent
+    with Saving(store, tmp_path) as saving:
+        first, second = (saving.save({"model.w": torch.ones(2)}, step) for step in (1, 2))
+    loaded = load_checkpoint(store, second.manifest.commit)
+    parent = loaded.manifest.parent
     assert parent is not None
-    assert (parent.commit, parent.digest) == (first.commit, first.digest)
-    loaded = load_checkpoint(store, commit_id(2, 1, 1))
-    assert isinstance(second, Committed)
-    assert loaded.parent.digest == second.digest == unseal(store.read(manifest_key(second.commit))).digest
+    assert (parent.commit, parent.digest) == (first.manifest.commit, first.digest)
+    assert loaded.parent.digest == second.digest == unseal(store.read(manifest_key(second.manifest.commit))).digest
+    with Saving(store, tmp_path, epoch=2, loaded=loaded.parent) as saving:
+        third = saving.save({"model.w": torch.ones(2)}, 3)
+    assert third.manifest.parent == loaded.parent
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_non_finite_state_is_never_committed(store: Store, tmp_path: Path, value: float, dtype: torch.dtype) -> None:
-    """One bad element in any floating tensor: a failed save that names it, no manifest, and saving goes on."""
-    writer = writer_of(store, tmp_path)
+    """One bad element in any floating tensor: a failed save that names it, nothing kept, and saving goes on."""
     poisoned = torch.zeros(100, dtype=dtype)
     poisoned[57] = value
-    result = save(writer, {"model.fine": torch.ones(3), "model.poisoned": poisoned})
-    assert isinstance(result, SaveFailed)
-    assert "model.poisoned is not finite" in result.error
-    assert fence.commits_present(store) == ()
-    assert isinstance(save(writer, {"model.fine": torch.ones(3)}, step=STEP + 1), Committed)
+    with Saving(store, tmp_path) as saving:
+        saving.snapshot({"model.fine": torch.ones(3), "model.poisoned": poisoned})
+        with pytest.raises(NonFiniteStateError, match=r"model\.poisoned is not finite"):
+            saving.persist()
+        assert saving.tier.store.list() == []
+        saving.save({"model.fine": torch.ones(3)}, step=STEP + 1)
+    assert fence.commits_present(store) == (commit_id(STEP + 1, 1, 1),)
 
 
 def test_large_finite_numbers_are_finite(store: Store, tmp_path: Path) -> None:
     """Norms are summed in float64, so the largest float32 numbers do not overflow."""
-    extreme = {"model.w": torch.full((1000,), torch.finfo(torch.float32).max)}
-    assert isinstance(save(writer_of(store, tmp_path), extreme), Committed)
+    save(store, tmp_path, {"model.w": torch.full((1000,), torch.finfo(torch.float32).max)})
     assert load_checkpoint(store, COMMIT).manifest.step == STEP
 
 
 def test_extra_state_must_be_finite_json(store: Store, tmp_path: Path) -> None:
-    """What JSON cannot carry is a failed save, not a changed state."""
-    writer = writer_of(store, tmp_path)
-    for value in (float("nan"), object()):
-        writer.snapshot({"model.w": torch.ones(1)}, {"value": value}, step=STEP, position=0, tokens=0)
-        assert [type(result) for result in writer.poll()] == [SaveFailed]
-    assert store.list() == []
+    """What JSON cannot carry is refused, not changed."""
+    with Saving(store, tmp_path) as saving:
+        for value in (float("nan"), object()):
+            with pytest.raises(SnapshotRefusedError, match="not finite JSON"):
+                saving.snapshot({"model.w": torch.ones(1)}, extra={"value": value})
+        assert saving.snapshotter.ready()
 
 
-def test_a_superseded_writer_commits_nothing(store: Store, tmp_path: Path) -> None:
-    """Once a later epoch is claimed, a save ends as failed and says that the store is another's."""
-    fence.claim(store, fence.Fence(run_id="run-1", epoch=2, nonce="n" * 16, host="h", pid=1))
-    result = save(writer_of(store, tmp_path, epoch=1), {"model.w": torch.ones(1)})
-    assert isinstance(result, SaveFailed)
-    assert result.superseded
-    assert fence.commits_present(store) == ()
+def test_what_a_later_epoch_does_not_build_on_is_not_uploaded(store: Store, tmp_path: Path) -> None:
+    """Once a later epoch is claimed, only the commits that it names may still arrive."""
+    with Saving(store, tmp_path) as saving:
+        kept, lost = (saving.snapshot({"model.w": torch.ones(1)}, step) for step in (1, 2))
+        saving.persist()
+        saving.persist()
+        fence.claim(store, fence.Fence(run_id="run-1", epoch=2, nonce="n" * 16, host="h", pid=1, base=kept))
+        with pytest.raises(fence.FenceLostError):
+            saving.upload(lost)
+        saving.upload(kept)
+    assert fence.lineage(store).commits == (kept,)
 
 
 class _Failing(LocalBackend):
@@ -207,18 +191,21 @@ class _Failing(LocalBackend):
         super().put_file(key, path, timeout_s)
 
 
-def test_a_store_that_fails_ends_no_training(tmp_path: Path) -> None:
-    """A failed save is a result with the reason; one failed call is tried again; the next save works."""
+def test_an_upload_that_failed_is_done_again(tmp_path: Path) -> None:
+    """Failed calls are tried again within one upload; an upload that failed whole leaves the local copy for another."""
     backend = _Failing(tmp_path / "failing")
-    writer = writer_of(Store(backend, "test://", 1.0), tmp_path)
-    backend.failures = 3
-    result = save(writer, {"model.w": torch.ones(1)})
-    assert isinstance(result, SaveFailed)
-    assert "no answer" in result.error
-    backend.failures = 1
-    assert isinstance(save(writer, {"model.w": torch.ones(1)}), Committed)
+    store = Store(backend, "test://", 1.0)
+    with Saving(store, tmp_path) as saving:
+        commit = saving.snapshot({"model.w": torch.ones(1)})
+        saving.persist()
+        backend.failures = 3
+        with pytest.raises(StoreUnavailable, match="no answer"):
+            saving.upload(commit)
+        assert fence.commits_present(store) == ()
+        backend.failures = 1
+        saving.upload(commit)
     assert backend.failed == 4
-    assert list((tmp_path / "scratch").iterdir()) == []
+    assert load_checkpoint(store, COMMIT).manifest.step == STEP
 
 
 def test_torn_saves_do_not_exist(store: Store, tmp_path: Path) -> None:
@@ -227,7 +214,8 @@ def test_torn_saves_do_not_exist(store: Store, tmp_path: Path) -> None:
     assert fence.commits_present(store) == ()
     with pytest.raises(CheckpointError, match="missing"):
         load_checkpoint(store, COMMIT)
-    assert isinstance(save(writer_of(store, tmp_path), {"model.w": torch.ones(1)}), Committed)
+    save(store, tmp_path, {"model.w": torch.ones(1)})
+    assert fence.commits_present(store) == (COMMIT,)
 
 
 def test_a_state_that_does_not_fit(store: Store, tmp_path: Path) -> None:
@@ -247,11 +235,3 @@ def test_a_state_that_does_not_fit(store: Store, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     after = full_state(model, optimizer)
     assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-def test_leftovers_of_a_killed_writer_are_removed(store: Store, tmp_path: Path) -> None:
-    """A new writer clears its scratch directory."""
-    (tmp_path / "scratch").mkdir()
-    (tmp_path / "scratch/r0-dead-00000.safetensors").write_bytes(b"half")
-    writer_of(store, tmp_path)
-    assert list((tmp_path / "scratch").iterdir()) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.saving import COMMIT, STEP, full_state, save, trained, writer_of
+from tests.trainer.saving import COMMIT, STEP, full_state, save, trained
 from trainer.checkpoint import CheckpointError, load_checkpoint
 from trainer.contract.backends import LocalBackend
 from trainer.contract.config import StoreConfig
@@ -23,7 +23,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_an_unreachable_store_condemns_nothing(store: Store, tmp_path: Path) -> None:
     """Loading from a store that does not answer is the store's error, not the checkpoint's."""
-    save(writer_of(store, tmp_path), {"model.w": torch.ones(1)})
+    save(store, tmp_path, {"model.w": torch.ones(1)})
 
     class Silent(LocalBackend):
         """Lists and sizes, but does not send."""
@@ -39,7 +39,7 @@ def test_an_unreachable_store_condemns_nothing(store: Store, tmp_path: Path) -> 
 def test_no_damage_goes_unnoticed(store: Store, tmp_path: Path) -> None:
     """In each object and the manifest: bit flips at many offsets, truncations, an empty file, a missing one."""
     model, optimizer = trained()
-    save(writer_of(store, tmp_path), full_state(model, optimizer), extra={"rng": [1]})
+    save(store, tmp_path, full_state(model, optimizer), extra={"rng": [1]})
     chance = random.Random(7)
     keys = [item.key for item in store.list()]
     assert len(keys) == 5
@@ -67,7 +67,7 @@ def _flipped(raw: bytes, offset: int, bit: int) -> bytes:
 
 def test_a_manifest_under_another_name(store: Store, tmp_path: Path) -> None:
     """A manifest that was copied to another commit's name is not that commit."""
-    save(writer_of(store, tmp_path), {"model.w": torch.ones(1)})
+    save(store, tmp_path, {"model.w": torch.ones(1)})
     other = commit_id(STEP + 1, 1, 1)
     store.create(manifest_key(other), store.read(manifest_key(COMMIT)))
     with pytest.raises(CheckpointError, match=COMMIT):
@@ -88,7 +88,7 @@ def rewritten(store: Store, change: Callable[[Manifest], Manifest]) -> None:
 def test_the_index_must_be_met(store: Store, tmp_path: Path, field: str, value: object, expected: str) -> None:
     """A dtype, shape or norm other than the manifest's condemns the commit, though every byte is as saved."""
     model, optimizer = trained()
-    save(writer_of(store, tmp_path), full_state(model, optimizer))
+    save(store, tmp_path, full_state(model, optimizer))
 
     def change(manifest: Manifest) -> Manifest:
         first = manifest.tensors[0].model_copy(update={field: value})
@@ -101,7 +101,7 @@ def test_the_index_must_be_met(store: Store, tmp_path: Path, field: str, value: 
 
 def test_a_tensor_missing_from_the_index(store: Store, tmp_path: Path) -> None:
     """Data that the index does not know is no complete checkpoint."""
-    save(writer_of(store, tmp_path), {"model.a": torch.ones(1), "model.b": torch.ones(1)})
+    save(store, tmp_path, {"model.a": torch.ones(1), "model.b": torch.ones(1)})
     rewritten(store, lambda manifest: manifest.model_copy(update={"tensors": manifest.tensors[:1]}))
     with pytest.raises(CheckpointError, match="differ in"):
         load_checkpoint(store, COMMIT)
@@ -119,7 +119,7 @@ def test_a_tensor_missing_from_the_index(store: Store, tmp_path: Path) -> None:
 def test_counters_must_agree(store: Store, tmp_path: Path, extra: dict[str, object], expected: str) -> None:
     """Step, tokens, position and the optimizer's own step counts must fit each other."""
     model, optimizer = trained()
-    save(writer_of(store, tmp_path), full_state(model, optimizer), extra=extra)
+    save(store, tmp_path, full_state(model, optimizer), extra=extra)
     with pytest.raises(CheckpointError, match=expected):
         load_checkpoint(store, COMMIT)
 
@@ -127,7 +127,5 @@ def test_counters_must_agree(store: Store, tmp_path: Path, extra: dict[str, obje
 def test_updates_that_were_not_applied_are_counted(store: Store, tmp_path: Path) -> None:
     """With one skipped update of four the optimizer is at three, and the checkpoint is sound."""
     model, optimizer = trained()
-    writer = writer_of(store, tmp_path)
-    writer.snapshot(full_state(model, optimizer), {"skipped_updates": 1}, step=4, position=6, tokens=48)
-    assert writer.flush(30)
+    save(store, tmp_path, full_state(model, optimizer), step=4, extra={"skipped_updates": 1})
     assert load_checkpoint(store, commit_id(4, 1, 1)).manifest.step == 4

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.attempts import DEADLINE_S, VOCAB, TinyRun
+from tests.keepers import keepers
+from tests.trainer.attempts import DEADLINE_S, SAVING, VOCAB, TinyRun
 from trainer.checkpoint import load_checkpoint
 from trainer.contract.exit_codes import ExitCode
 from trainer.contract.fence import commits_present
@@ -50,27 +51,20 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_torn_write_is_no_checkpoint(tmp_path: Path) -> None:
-    """Death between data and manifest: the commit does not exist, the one before is loaded."""
-    run = TinyRun(tmp_path, {"faults": [{"kind": "torn_write", "steps": [8, 8]}]})
-    assert run.finish() == -signal.SIGKILL
-    assert [commit[:12] for commit in commits_present(run.store)] == ["000000000000", "000000000004"]
-    assert any("data/000000000008" in item.key for item in run.store.list("data"))
-
-
 def test_sigterm_saves_and_sigusr2_tells_stacks(tmp_path: Path) -> None:
     """A preempted attempt commits its last step and exits 75; stacks were written on request before."""
-    run = TinyRun(tmp_path, {"steps": 100_000, "checkpoint": {"every_steps": 100_000}})
-    process = run.spawn()
-    try:
-        wait_until(lambda: steps_of(run, 1) >= 3, process)
-        process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: run.paths.stacks(1).stat().st_size > 0, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE_S) == ExitCode.PREEMPTED
-    finally:
-        process.kill()
-        process.wait()
+    run = TinyRun(tmp_path, {"steps": 100_000, "checkpoint": {**SAVING, "every_steps": 100_000}})
+    with keepers(run.paths, run.config):
+        process = run.spawn()
+        try:
+            wait_until(lambda: steps_of(run, 1) >= 3, process)
+            process.send_signal(signal.SIGUSR2)
+            wait_until(lambda: run.paths.stacks(1).stat().st_size > 0, process)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(DEADLINE_S) == ExitCode.PREEMPTED
+        finally:
+            process.kill()
+            process.wait()
     last = run.records(1, "step")[-1]["step"]
     assert [row["step"] for row in run.records(1, "commit")] == [0, last]
     assert run.records(1, "finished")[0]["reason"] == "preempted"
@@ -79,9 +73,8 @@ def test_sigterm_saves_and_sigusr2_tells_stacks(tmp_path: Path) -> None:
 
 def test_an_orphan_saves_and_leaves(tmp_path: Path) -> None:
     """Parent gone and nobody on the socket: after the bounded time it commits and exits by itself."""
-    run = TinyRun(
-        tmp_path, {"steps": 1_000_000, "deadlines": {"orphan_s": 0.2}, "checkpoint": {"every_steps": 1_000_000}}
-    )
+    saving = {**SAVING, "every_steps": 1_000_000}
+    run = TinyRun(tmp_path, {"steps": 1_000_000, "deadlines": {"orphan_s": 0.2}, "checkpoint": saving})
     run.plan(1)
     arguments = [sys.executable, "-m", "trainer", "--run-dir", str(run.paths.root), "--attempt", "1"]
     starter = f"import subprocess; print(subprocess.Popen({arguments!r}, stderr=subprocess.DEVNULL).pid)"
@@ -89,16 +82,17 @@ def test_an_orphan_saves_and_leaves(tmp_path: Path) -> None:
         f"records = pathlib.Path({str(run.paths.records(1))!r})\n"
         'while not (records.exists() and \'"kind":"step"\' in records.read_text()): time.sleep(0.05)'
     )
-    done = subprocess.run([sys.executable, "-c", parent], stdout=subprocess.PIPE, timeout=DEADLINE_S, check=True)
-    pid = int(done.stdout.split()[0])
-    end_s = time.monotonic() + DEADLINE_S
-    try:
-        while not run.paths.exit_file(1).exists():
-            assert time.monotonic() < end_s
-            time.sleep(0.05)
-    finally:
-        if not run.paths.exit_file(1).exists():
-            os.kill(pid, signal.SIGKILL)
+    with keepers(run.paths, run.config):
+        done = subprocess.run([sys.executable, "-c", parent], stdout=subprocess.PIPE, timeout=DEADLINE_S, check=True)
+        pid = int(done.stdout.split()[0])
+        end_s = time.monotonic() + DEADLINE_S
+        try:
+            while not run.paths.exit_file(1).exists():
+                assert time.monotonic() < end_s
+                time.sleep(0.05)
+        finally:
+            if not run.paths.exit_file(1).exists():
+                os.kill(pid, signal.SIGKILL)
     assert run.exit_file(1)["code"] == ExitCode.ORPHANED
     assert commits_present(run.store)[-1].startswith(f"{run.records(1, 'step')[-1]['step']:012d}")
 
@@ -130,7 +124,7 @@ def test_missing_data_ends_with_its_own_code(tmp_path: Path) -> None:
 
 def test_a_token_outside_the_vocabulary_ends_the_attempt_and_loses_nothing(tmp_path: Path) -> None:
     """Found when it is read: 65, the shard is named, and what was trained before is committed."""
-    run = TinyRun(tmp_path, {"steps": 200, "checkpoint": {"every_steps": 1000}})
+    run = TinyRun(tmp_path, {"steps": 200, "checkpoint": {**SAVING, "every_steps": 1000}})
     shard = tmp_path / "corpus" / "shard-2.bin"
     raw = bytearray(shard.read_bytes())
     raw[-1000:-998] = (VOCAB + 5).to_bytes(2, "little")

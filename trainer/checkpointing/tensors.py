@@ -1,10 +1,10 @@
-"""Tensors as a checkpoint sees them: names, dtypes, norms, and their way into and out of model and optimizer.
+"""Tensors as a checkpoint sees them: names, dtypes, and their way into and out of model and optimizer.
 
 Names are "model.<fqn>" and "optim.<fqn>.<key>". `Optimizer.load_state_dict` is not used: it casts moments to the
 dtype of the parameter (float32 moments of bfloat16 weights come back as bfloat16).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +19,6 @@ _COMPILED = "_orig_mod."  # what torch.compile puts before the names of the modu
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype without its module: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
-
-
-def norm_of(tensor: Tensor) -> float | None:
-    """L2 norm summed in float64: not finite exactly if an element is not. None for integers and booleans."""
-    if not tensor.is_floating_point():
-        return None
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-
-
-def grouped(tensors: Mapping[str, Tensor], limit_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors in order, in groups of at most `limit_bytes`; a larger tensor is a group of its own."""
-    group: dict[str, Tensor] = {}
-    filled = 0
-    for name, tensor in tensors.items():
-        if group and filled + tensor.nbytes > limit_bytes:
-            yield group
-            group, filled = {}, 0
-        group[name] = tensor
-        filled += tensor.nbytes
-    if group:
-        yield group
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -80,7 +59,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):  # the same bytes after any history
             if not isinstance(value, Tensor):
                 raise StateMismatchError(f"optimizer state {key} of {name} is no tensor but {type(value).__name__}")
             tensors[f"{OPTIMIZER}{name}.{key}"] = value

@@ -47,6 +47,9 @@ class Backend(Protocol):
     def delete(self, key: str, timeout_s: float) -> None:
         """Remove an object; one that is not there is no error."""
 
+    def abort_unfinished(self, prefix: str, timeout_s: float) -> int:
+        """Remove the traces of transfers below `prefix` that never ended; returns how many there were."""
+
     def local_path(self, key: str) -> Path | None:
         """Where the object lies on this machine's disk, None if it does not."""
 
@@ -122,6 +125,14 @@ class LocalBackend:
             if parent == self.root or not _remove_if_empty(parent):
                 return
 
+    def abort_unfinished(self, prefix: str, timeout_s: float) -> int:
+        """Files that were being written."""
+        parts = [Path(at, name) for at, _, names in os.walk(self.root / prefix) for name in names]
+        parts = [path for path in parts if path.name.startswith(_PART)]
+        for path in parts:
+            path.unlink(missing_ok=True)
+        return len(parts)
+
     def local_path(self, key: str) -> Path | None:
         """Every object is a local file."""
         return self.root / key
@@ -192,6 +203,18 @@ class FsspecBackend:
             self._call(self._fs.rm_file, self._path(key), timeout_s=timeout_s)
         except FileNotFoundError:
             return
+
+    def abort_unfinished(self, prefix: str, timeout_s: float) -> int:
+        """Multipart uploads below our own prefix; s3fs itself could only end those of the whole bucket."""
+        if "s3" not in _protocols(self._fs):
+            return 0
+        bucket, _, root = self._root.partition("/")
+        ours = f"{root}/{prefix}"
+        answer = self._call(self._fs.call_s3, "list_multipart_uploads", Bucket=bucket, Prefix=ours, timeout_s=timeout_s)
+        stale = answer.get("Uploads", [])
+        for upload in stale:
+            self._call(self._fs.abort_mpu, bucket, upload["Key"], upload["UploadId"], timeout_s=timeout_s)
+        return len(stale)
 
     def local_path(self, key: str) -> Path | None:
         """Remote objects lie on no disk of ours."""

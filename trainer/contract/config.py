@@ -5,8 +5,12 @@ Torch-free, because the supervisor validates it before anything starts. Defaults
 """
 
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from trainer.contract.durations import StoredDurationS
+from trainer.contract.secrets import plain_secrets
 
 
 class Section(BaseModel):
@@ -72,11 +76,20 @@ Format = Literal["auto", "llmc", "raw_u16", "raw_u32", "npy", "megatron"]
 LONE_SOURCE = "train"  # what a source that has no name of its own is called
 
 
+def _without_password(url: str) -> str:
+    if urlsplit(url).password is not None:
+        raise ValueError("a password in a URL ends up in logs; use data.storage_options with {env: NAME}")
+    return url
+
+
+DataUrl = Annotated[str, AfterValidator(_without_password)]
+
+
 class SourceConfig(Section):
     """One of several sources of training data."""
 
     source: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="its name, kept for the whole run")
-    url: str = Field(description="URL of a directory with manifest.json, or with shards")
+    url: DataUrl = Field(description="URL of a directory with manifest.json, or with shards")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="its part of what is read, beside the others'")
     format: Format | None = Field(None, description="None: data.format")
     vocab_size: int | None = Field(None, ge=2, description="of data without a manifest; None: data.vocab_size")
@@ -85,10 +98,10 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Token shards on any fsspec URL, prepared by `longwatch data prepare` or brought along."""
 
-    train: str | tuple[SourceConfig, ...] = Field(
+    train: DataUrl | tuple[SourceConfig, ...] = Field(
         description="URL of a directory with manifest.json, or with shards; or a list of sources that are blended"
     )
-    validation: str | None = Field(None, description="URL of held-out shards; None: no evaluation")
+    validation: DataUrl | None = Field(None, description="URL of held-out shards; None: no evaluation")
     format: Format = "auto"
     vocab_size: int | None = Field(None, ge=2, description="of data without a manifest")
     seed: int = 1234
@@ -97,7 +110,19 @@ class DataConfig(Section):
         4, ge=1, description="samples are permuted among so many blocks: few is local, a batch draws on few shards"
     )  # fmt: skip
     read_ahead_blocks: int = Field(8, ge=1)
-    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, repr=False, description="of the filesystem; a secret is written {env: NAME}"
+    )
+
+    @field_validator("storage_options")
+    @classmethod
+    def _no_secret_as_text(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if found := ", ".join(plain_secrets(options)):
+            raise ValueError(
+                f"{found}: a secret would lie in plain text in the run directory; write {{env: NAME}} instead and "
+                "set that environment variable"
+            )
+        return options
 
     @model_validator(mode="after")
     def _told_apart(self) -> Self:
@@ -132,12 +157,38 @@ class EvaluateConfig(Section):
     hook: str | None = Field(None, description="'module:function'; gets the model, returns {name: number}")
 
 
+class SpacingConfig(Section):
+    """One good checkpoint in every so much time, for so long."""
+
+    every: StoredDurationS = Field(gt=0)
+    for_: StoredDurationS = Field(gt=0, alias="for")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _worth_a_rule(self) -> Self:
+        if self.every > self.for_:
+            raise ValueError("`every` is longer than `for`, so nothing would be kept by it for as long as it says")
+        return self
+
+
 class CheckpointConfig(Section):
     """Full checkpoints on the store, and how they become good."""
 
-    every_steps: int = Field(1000, ge=1)
+    every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1000, description="auto: as often as the measured stall and the failures so far make best"
+    )
     good_after_steps: int = Field(100, ge=1, description="K: healthy steps beyond it that make a checkpoint good")
     keep_good: int = Field(3, ge=2)
+    keep_for: tuple[SpacingConfig, ...] = Field(
+        (), description="dense near, sparse far: [{every: 1h, for: 1d}, {every: 1d, for: 30d}]"
+    )
+    patience_s: float = Field(
+        0.0, ge=0, description="how long training may be held up to save at the very step that is due, if disk is slow"
+    )  # fmt: skip
+    keep_local: int = Field(
+        2, ge=1, description="on the local disk: so many that are in the store, and so many that wait for it"
+    )  # fmt: skip
 
 
 class StoreConfig(Section):

@@ -85,11 +85,19 @@ def claim(store: Store, fence: Fence) -> None:
         raise FenceLostError(fence.epoch, max(newest or 0, fence.epoch)) from error
 
 
-def ensure_current(store: Store, epoch: int) -> None:
-    """Raise `FenceLostError` if an epoch later than ours was claimed; called by a writer around each commit."""
-    newest = current_epoch(store)
+def ensure_accepted(store: Store, commit: str) -> None:
+    """Called by a writer around each commit: does what counts from here on include it?
+
+    A later epoch accepts the commits that it names as its base and ancestors, which may still be on their way.
+
+    Raises:
+        FenceLostError: a later epoch was claimed that does not build on this commit.
+    """
+    epoch, newest = parse_commit_id(commit).epoch, current_epoch(store)
     if newest is not None and newest > epoch:
-        raise FenceLostError(epoch, newest)
+        claimed = read_fence(store, newest)
+        if commit not in (claimed.base, *claimed.ancestry):
+            raise FenceLostError(epoch, newest)
 
 
 def current_epoch(store: Store) -> int | None:

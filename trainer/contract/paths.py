@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+#: The processes that keep snapshots: the writer puts them on disk, the uploader sends them to the store.
+KeeperRole = Literal["writer", "uploader"]
+KEEPER_ROLES: tuple[KeeperRole, ...] = ("writer", "uploader")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,36 @@ class RunPaths:
         """Unix stream socket for the command line."""
         return self.root / "control.sock"
 
+    @property
+    def arena(self) -> Path:
+        """Link to the shared memory in which snapshots outlive the trainer."""
+        return self.root / "arena"
+
+    @property
+    def local_tier(self) -> Path:
+        """Checkpoints on this disk, before and beside those in the store."""
+        return self.root / "checkpoints"
+
+    def keeper_lock(self, role: KeeperRole) -> Path:
+        """flock held by the one process of that role."""
+        return self.root / f"{role}.lock"
+
+    def keeper_records(self, role: KeeperRole) -> Path:
+        """Every record that processes of that role wrote, over all attempts."""
+        return self.root / "records" / f"{role}.jsonl"
+
+    def keeper_liveness(self, role: KeeperRole) -> Path:
+        """The liveness page of that role."""
+        return self.root / "liveness" / role
+
+    def keeper_output(self, role: KeeperRole) -> Path:
+        """Standard output and error of that role."""
+        return self.root / "logs" / f"{role}.out"
+
+    def keeper_log(self, role: KeeperRole) -> Path:
+        """Structured log of that role."""
+        return self.root / "logs" / f"{role}.jsonl"
+
     def plan(self, attempt: int) -> Path:
         """The resume plan of an attempt."""
         return self.root / "plans" / f"attempt-{attempt}.json"
@@ -82,9 +117,9 @@ class RunPaths:
         """faulthandler dumps of an attempt."""
         return self.root / "stacks" / f"attempt-{attempt}.txt"
 
-    def fault_counts(self) -> Path:
-        """How often each injected fault has fired in this run, over all attempts."""
-        return self.root / "faults.json"
+    def fault_counts(self, role: KeeperRole | None = None) -> Path:
+        """How often each injected fault has fired in this run, over all attempts: in the trainer, or in a keeper."""
+        return self.root / ("faults.json" if role is None else f"faults-{role}.json")
 
     def create(self) -> None:
         """Make the directory tree, private to the user (0700)."""

@@ -127,6 +127,9 @@ class ResumePlan(Contract):
     quarantines: tuple[Quarantine, ...] = ()
     overlays: tuple[Overlay, ...] = ()
     replay: ReplaySpec | None = None
+    failure_every_s: float = Field(
+        default=86_400.0, gt=0, description="mean time between failures, for an automatic checkpoint interval"
+    )
     incident: int | None = None
     because: str = ""
 

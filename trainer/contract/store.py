@@ -100,7 +100,7 @@ class Store:
     """Objects below one prefix. Every method raises `StoreError`, and `KeyInvalid` for a key that is none."""
 
     def __init__(self, backend: Backend, url: str, timeout_s: float, allow_unconditional: bool = False) -> None:
-        self._backend = backend
+        self.backend = backend
         self.url = url
         self.timeout_s = timeout_s
         self._allow_unconditional = allow_unconditional
@@ -119,7 +119,7 @@ class Store:
         """
         check_key(key)
         timeout_s = self._transfer_timeout(len(data))
-        self._create(key, lambda: self._backend.create(key, data, timeout_s), lambda: self.read(key) == data)
+        self._create(key, lambda: self.backend.create(key, data, timeout_s), lambda: self.read(key) == data)
 
     def put_file(self, key: str, path: Path) -> None:
         """Create an object from a local file, which must not change afterwards (it may be linked, not copied).
@@ -129,18 +129,18 @@ class Store:
         check_key(key)
         size = path.stat().st_size
         timeout_s = self._transfer_timeout(size)
-        self._create(key, lambda: self._backend.put_file(key, path, timeout_s), lambda: self.size(key) == size)
+        self._create(key, lambda: self.backend.put_file(key, path, timeout_s), lambda: self.size(key) == size)
 
     def read(self, key: str) -> bytes:
         """The whole object; for small ones."""
         check_key(key)
-        return self._guard(key, lambda: self._backend.read(key, 0, None, self.timeout_s))
+        return self._guard(key, lambda: self.backend.read(key, 0, None, self.timeout_s))
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """Bytes [start, end), fewer at the end of the object."""
         check_key(key)
         timeout_s = self._transfer_timeout(end - start)
-        return self._guard(key, lambda: self._backend.read(key, start, end, timeout_s))
+        return self._guard(key, lambda: self.backend.read(key, start, end, timeout_s))
 
     def stream(self, key: str, size: int, chunk_bytes: int = _CHUNK_BYTES) -> Iterator[bytes]:
         """The first `size` bytes in chunks; ends early if the object is shorter."""
@@ -154,28 +154,36 @@ class Store:
     def size(self, key: str) -> int:
         """Bytes of an object."""
         check_key(key)
-        return self._guard(key, lambda: self._backend.size(key, self.timeout_s))
+        return self._guard(key, lambda: self.backend.size(key, self.timeout_s))
 
     def list(self, prefix: str = "") -> list[StoredObject]:
         """What lies below `prefix` now, sorted by key; the prefix is empty or ends with a slash."""
         if prefix:
             check_key(prefix.removesuffix("/"))
             prefix = prefix.removesuffix("/") + "/"
-        found = self._guard(None, lambda: self._backend.list(prefix, self.timeout_s))
+        found = self._guard(None, lambda: self.backend.list(prefix, self.timeout_s))
         return [StoredObject(key, size) for key, size in found]
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error."""
         check_key(key)
-        self._guard(key, lambda: self._backend.delete(key, self.timeout_s))
+        self._guard(key, lambda: self.backend.delete(key, self.timeout_s))
 
     def local_path(self, key: str) -> Path | None:
         """The file of an object, for a store on this machine's disk; None elsewhere."""
-        return self._backend.local_path(check_key(key))
+        return self.backend.local_path(check_key(key))
+
+    def abort_unfinished(self, prefix: str) -> int:
+        """Remove what transfers that died have left below `prefix`; no listing shows it. Returns how many.
+
+        Only for the one writer of that prefix: it would end another's transfers too.
+        """
+        check_key(prefix.removesuffix("/"))
+        return self._guard(None, lambda: self.backend.abort_unfinished(prefix, self.timeout_s))
 
     def close(self) -> None:
         """Release connections."""
-        self._backend.close()
+        self.backend.close()
 
     def probe(self) -> None:
         """Create one key twice and remove it: is the store there, writable, and does it honour create-only?
@@ -223,7 +231,7 @@ class Store:
     def _guard(self, key: str | None, call: Callable[[], T]) -> T:
         try:
             return call()
-        except self._backend.errors as error:
+        except self.backend.errors as error:
             raise _meaning(self.url, key, error) from error
 
     def _transfer_timeout(self, size: int) -> float:

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from google_crc32c import value as crc32c
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.contract.config import DataConfig
+from trainer.contract.secrets import SecretMissingError, with_secrets
 from trainer.data.errors import DataError, DataUnreachableError
 from trainer.data.formats import Layout, inspect, storage_errors
 
@@ -85,7 +87,9 @@ class Place:
     def of(cls, url: str, storage_options: dict[str, Any]) -> Self:
         """Open the filesystem of a URL; nothing is read yet."""
         try:
-            fs, root = url_to_fs(url, **storage_options)
+            fs, root = url_to_fs(url, **with_secrets(storage_options, os.environ))
+        except SecretMissingError as error:
+            raise DataError(f"{url}: {error}", "set it, or correct data.storage_options") from error
         except (ValueError, ImportError) as error:
             raise DataError(f"{url}: {error}", "use a URL that fsspec knows, and install its filesystem") from error
         return cls(fs, root.rstrip("/"), url)

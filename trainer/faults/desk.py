@@ -1,4 +1,4 @@
-"""Where the loop meets the injected faults: five moments, each a method. With no faults configured all do nothing.
+"""Where the loop meets the injected faults: two moments, each a method. With no faults configured all do nothing.
 
 A fault is counted first, recorded second and takes effect last, so that one that kills the process leaves both.
 """
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from monitors.records import FaultRecord
 from trainer.contract.config import FaultKind
-from trainer.contract.store import Store
-from trainer.faults import effects, process, storage
+from trainer.faults import effects, process
+from trainer.faults.death import die
 from trainer.faults.injector import Fired, Injector, Occasion
 from trainer.model import GPT
 from trainer.reporter import Reporter
@@ -21,10 +21,8 @@ from trainer.step import TrainStep
 _AT_LOAD: tuple[FaultKind, ...] = ("drop_optimizer_state",)
 _AT_STEP: tuple[FaultKind, ...] = (
     "slow", "sigkill", "hang", "oom", "bad_shard", "lr_bomb", "lr_override", "zero_layer", "saturate_layer",
-    "scale_qk", "loss_drift", "bit_flip", "nan_loss", "nan_grad", "leak_targets", "store_error",
+    "scale_qk", "loss_drift", "bit_flip", "nan_loss", "nan_grad", "leak_targets",
 )  # fmt: skip
-_AT_SAVE: tuple[FaultKind, ...] = ("torn_write",)
-_AT_COMMIT: tuple[FaultKind, ...] = ("corrupt_checkpoint",)
 
 
 @dataclass(slots=True)
@@ -42,9 +40,6 @@ class FaultDesk:
     """Carries out what the injector says is due."""
 
     def __init__(self, injector: Injector, reporter: Reporter, attempt: int, vocab_size: int) -> None:
-        self.failing = False
-        self.dying = False
-        self.is_saving: Callable[[], bool] = lambda: False
         self._injector = injector
         self._reporter = reporter
         self._attempt = attempt
@@ -57,13 +52,6 @@ class FaultDesk:
         self._step = step
         if self._injector.configured("leak_targets"):
             self._leak = effects.TargetLeak(step.model)
-
-    def wrap(self, store: Store, allow_unconditional: bool) -> Store:
-        """The same store, or one that can fail on command."""
-        if not self._injector.configured("store_error", "torn_write"):
-            return store
-        backend = storage.FaultyBackend(store._backend, self)
-        return Store(backend, store.url, store.timeout_s, allow_unconditional)
 
     def after_load(self, step: int) -> None:
         """The state of `step` has been loaded."""
@@ -82,18 +70,6 @@ class FaultDesk:
             given = self._apply(fired, step, given)
         return given
 
-    def before_save(self, step: int) -> None:
-        """A snapshot of `step` is about to be taken."""
-        for fired in self._due(Occasion(self._attempt, step), _AT_SAVE):
-            self._say(fired, step)
-            self.dying = True
-
-    def after_commit(self, step: int, commit: str, store: Store) -> None:
-        """The manifest of `commit` exists."""
-        for fired in self._due(Occasion(self._attempt, step), _AT_COMMIT):
-            self._say(fired, step)
-            storage.flip_byte_of(store, commit)
-
     @property
     def _core(self) -> TrainStep:
         assert self._step is not None, "attach comes before the first load"
@@ -106,8 +82,7 @@ class FaultDesk:
         self._reporter.emit(FaultRecord, step=step, fault=fired.fault.kind, count=fired.count)
 
     def _clear(self) -> None:
-        """Faults of one step end with it; a store that fails goes on failing until the save that met it is over."""
-        self.failing = self.failing and self.is_saving()
+        """Faults of one step end with it."""
         core = self._core
         core.transform_losses = None
         core.after_backward = None
@@ -120,13 +95,11 @@ class FaultDesk:
             case "slow":
                 process.dawdle(fault)
             case "sigkill":
-                process.die()
+                die()
             case "hang":
                 process.hang(fault)
             case "oom":
                 process.exhaust_memory(next(model.parameters()).device)
-            case "store_error":
-                self.failing = True
             case "bad_shard":
                 tokens = effects.garble(fault, given.tokens, given.positions, given.shards, self._vocab_size)
                 return replace(given, tokens=tokens)

@@ -1,4 +1,4 @@
-"""What injected faults do to the process: hang, die, dawdle, ask for too much memory."""
+"""What injected faults do to the process: hang, dawdle, ask for too much memory."""
 
 import ctypes
 import os
@@ -24,11 +24,6 @@ def hang(fault: FaultConfig) -> None:
     library = ctypes.PyDLL(None) if fault.mode == "gil_held" else ctypes.CDLL(None)
     while True:
         library.sleep(_LONG_S)
-
-
-def die() -> None:
-    """SIGKILL to ourselves: no handler, no flush, no farewell."""
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dawdle(fault: FaultConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 from trainer.contract.backends import Backend
 from trainer.contract.manifest import COMMITS, manifest_key, unseal
 from trainer.contract.store import Store
-from trainer.faults.process import die
+from trainer.faults.death import die
 
 
 class StoreFaults(Protocol):
@@ -58,6 +58,11 @@ class FaultyBackend:
         self._fail()
         self._inner.delete(key, timeout_s)
 
+    def abort_unfinished(self, prefix: str, timeout_s: float) -> int:
+        """Remove traces of dead transfers."""
+        self._fail()
+        return self._inner.abort_unfinished(prefix, timeout_s)
+
     def local_path(self, key: str) -> Path | None:
         """Path on this machine's disk."""
         return self._inner.local_path(key)
@@ -71,20 +76,25 @@ class FaultyBackend:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def flip_byte_of(store: Store, commit: str) -> None:
-    """Change one byte in the middle of a commit's first object, as a bad disk would; its size stays."""
+def flip_byte_of(store: Store, local: Store, commit: str) -> None:
+    """Change one byte in the middle of a commit's first object, as a bad disk would, wherever a copy lies."""
     entry = unseal(store.read(manifest_key(commit))).manifest.objects[0]
-    path = store.local_path(entry.key)
-    middle = entry.size // 2
-    if path is not None:
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            (byte,) = os.pread(descriptor, 1, middle)
-            os.pwrite(descriptor, bytes([byte ^ 0x40]), middle)
-        finally:
-            os.close(descriptor)
-        return
-    data = bytearray(store.read(entry.key))
-    data[middle] ^= 0x40
-    store.delete(entry.key)
-    store.create(entry.key, bytes(data))
+    flipped: set[tuple[int, int]] = set()  # the local copy and that of a local store may be one file
+    for path in filter(None, (store.local_path(entry.key), local.local_path(entry.key))):
+        if path.exists() and (file := (path.stat().st_dev, path.stat().st_ino)) not in flipped:
+            flipped.add(file)
+            _flip_in_file(path, entry.size // 2)
+    if store.local_path(entry.key) is None:
+        data = bytearray(store.read(entry.key))
+        data[entry.size // 2] ^= 0x40
+        store.delete(entry.key)
+        store.create(entry.key, bytes(data))
+
+
+def _flip_in_file(path: Path, place: int) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        (byte,) = os.pread(descriptor, 1, place)
+        os.pwrite(descriptor, bytes([byte ^ 0x40]), place)
+    finally:
+        os.close(descriptor)

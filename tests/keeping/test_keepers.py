@@ -1,0 +1,227 @@
+"""Writer and uploader as processes: killed, full disks, silent stores. Supervised as the supervisor does it."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.process.keepers import Keepers
+from tests.trainer.saving import full_state, trained
+from trainer.checkpoint import Author, Snapshotter, load_checkpoint
+from trainer.contract import arena
+from trainer.contract.config import RunConfig
+from trainer.contract.fence import commits_present
+from trainer.contract.manifest import commit_id
+from trainer.contract.paths import KEEPER_ROLES, KeeperRole, RunPaths
+from trainer.contract.store import open_store
+from trainer.keeping.tier import LocalTier
+
+_DEADLINE_S = 60.0
+
+
+class Bench:
+    """A run directory with both processes, and a trainer's hand on the arena."""
+
+    def __init__(self, root: Path, **changes: Any) -> None:
+        self.paths = RunPaths(root / "run")
+        self.paths.create()
+        settings: dict[str, Any] = {
+            "name": "r",
+            "steps": 9999,
+            "data": {"train": "x"},
+            "store": {"url": str(root / "s")},
+        }
+        self.config = RunConfig.model_validate(settings | changes)
+        self.paths.run_yaml.write_text(self.config.model_dump_json(by_alias=True))
+        self.store = open_store(self.config.store, self.paths.root, "r")
+        self.tier = LocalTier(self.paths.local_tier)
+        self.keepers = Keepers(self.paths, {}, silence_s=30.0)
+        self.snapshotter = Snapshotter(self.paths.arena, Author("r", 1, 1, "c"), object_bytes=700)
+
+    def snapshot(self, step: int) -> str:
+        """Copy a state that differs from step to step."""
+        return self.snapshotter.snapshot(_state(step), {}, step=step, position=step, tokens=step).commit
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Watch the processes until something is so."""
+        end_s = time.monotonic() + _DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end_s, f"{what}: not within {_DEADLINE_S} s\n{self.logs()}"
+            self.keepers.watch(time.monotonic())
+            time.sleep(0.01)
+
+    def logs(self) -> str:
+        """What the processes wrote."""
+        files = [
+            file for role in KEEPER_ROLES for file in (self.paths.keeper_log(role), self.paths.keeper_output(role))
+        ]
+        return "\n".join(file.read_text()[-2000:] for file in files if file.exists())
+
+    def pid(self, role: KeeperRole) -> int:
+        """The process of a role."""
+        found = self.keepers.pid(role)
+        assert found is not None
+        return found
+
+    def records(self, role: KeeperRole) -> list[dict[str, Any]]:
+        """What a role reported."""
+        file = self.paths.keeper_records(role)
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def close(self) -> None:
+        """End everything."""
+        self.snapshotter.close()
+        self.keepers.stop(_DEADLINE_S)
+        arena.remove(self.paths.arena)
+
+
+def _state(step: int) -> dict[str, torch.Tensor]:
+    return full_state(*trained(steps=step))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """Started with the default settings."""
+    made = Bench(tmp_path)
+    made.keepers.start()
+    yield made
+    made.close()
+
+
+def test_from_arena_to_store(bench: Bench) -> None:
+    """A snapshot is on disk, then in the store, to the last bit; each place is told once, with the attempt's number."""
+    commit = bench.snapshot(3)
+    bench.until(lambda: commit in commits_present(bench.store), "the commit")
+    bench.until(lambda: bench.records("uploader") != [], "its record")
+    loaded = load_checkpoint(bench.store, commit)
+    expected = _state(3)
+    assert loaded.tensors.keys() == expected.keys()
+    assert all(torch.equal(loaded.tensors[name], expected[name]) for name in expected)
+    told = [(row["seq"], row["attempt"], row["kind"], row["tier"]) for row in bench.records("writer")]
+    assert told == [(1, 1, "commit", "disk")]
+    told = [(row["seq"], row["attempt"], row["kind"], row["tier"]) for row in bench.records("uploader")]
+    assert told == [(1, 1, "commit", "store")]
+    assert bench.tier.inventory().uploaded == (commit,)
+
+
+@pytest.mark.parametrize("role", KEEPER_ROLES)
+def test_killed_again_and_again(tmp_path: Path, role: KeeperRole) -> None:
+    """SIGKILL at whatever it is doing: it is started again, every snapshot arrives, each is told, numbers rise."""
+    bench = Bench(tmp_path, checkpoint={"keep_local": 9})
+    bench.keepers.start()
+    try:
+        _kill_often(bench, role)
+    finally:
+        bench.close()
+
+
+def _kill_often(bench: Bench, role: KeeperRole) -> None:
+    commits = []
+    for step in (2, 3, 4):
+        bench.until(bench.snapshotter.ready, "a free slot")
+        commits.append(bench.snapshot(step))
+        old = bench.pid(role)
+        os.kill(old, signal.SIGKILL)
+        bench.until(lambda old=old: bench.keepers.pid(role) is None, "its death")  # type: ignore[misc]
+        bench.until(lambda: bench.keepers.pid(role) is not None, "the next one")
+    bench.until(lambda: set(commits) <= set(commits_present(bench.store)), "all commits")
+    for commit in commits:
+        assert load_checkpoint(bench.store, commit).manifest.commit == commit
+    bench.keepers.stop(_DEADLINE_S)
+    for other in KEEPER_ROLES:
+        rows = bench.records(other)
+        assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1))
+        assert {row["commit"] for row in rows} == set(commits)
+    assert not list(bench.tier.scratch.glob("r0-*"))
+
+
+def test_told_to_leave_they_finish_first(bench: Bench) -> None:
+    """What was snapshotted before is in the store when both have ended, and the arena is gone."""
+    commits = [bench.snapshot(step) for step in (2, 3)]
+    bench.keepers.stop(_DEADLINE_S)
+    assert commits_present(bench.store) == tuple(commits)
+    assert not os.path.lexists(bench.paths.arena)
+
+
+def test_a_new_supervisor_ends_those_of_the_old(bench: Bench) -> None:
+    """Two of a role never work at once: the old ones are killed before the new ones start."""
+    old = [keeper.process for keeper in bench.keepers._keepers.values()]
+    bench.keepers.let_go()
+    bench.keepers = Keepers(bench.paths, {}, silence_s=30.0)
+    bench.keepers.start()
+    for process in old:
+        assert process is not None
+        assert process.wait(_DEADLINE_S) == -signal.SIGKILL
+    commit = bench.snapshot(1)
+    bench.until(lambda: commit in commits_present(bench.store), "the commit")
+
+
+def test_a_silent_one_is_killed(tmp_path: Path) -> None:
+    """Stopped by the kernel it shows no progress; it is killed and another does the work."""
+    bench = Bench(tmp_path)
+    bench.keepers = Keepers(bench.paths, {}, silence_s=1.0)
+    bench.keepers.start()
+    try:
+        bench.until(lambda: bench.paths.keeper_liveness("writer").exists(), "the writer")
+        stopped = bench.pid("writer")
+        os.kill(stopped, signal.SIGSTOP)
+        commit = bench.snapshot(1)
+        bench.until(lambda: commit in commits_present(bench.store), "the commit")
+        assert bench.pid("writer") != stopped
+    finally:
+        bench.close()
+
+
+def test_a_damaged_local_copy_is_not_sent(tmp_path: Path) -> None:
+    """A byte that changed on the local disk is found before the upload, and the checkpoint given up with the reason."""
+    bench = Bench(tmp_path)
+    commit = bench.snapshot(2)
+    bench.keepers.start()
+    try:
+        bench.until(lambda: commit in commits_present(bench.store), "the first")
+        bench.keepers.stop(_DEADLINE_S)
+        (bench.tier.root / f"uploaded/{commit}.json").unlink()
+        bench.store.delete(f"commits/{commit}.json")
+        victim = next(iter(sorted((bench.tier.root / "data" / commit).iterdir())))
+        raw = bytearray(victim.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        victim.write_bytes(raw)
+        bench.keepers.start()
+        bench.until(lambda: any(row["kind"] == "commit_failed" for row in bench.records("uploader")), "the finding")
+        (row,) = (row for row in bench.records("uploader") if row["kind"] == "commit_failed")
+        assert row["gone"]
+        assert "changed on the local disk" in row["error"]
+        assert bench.tier.inventory().waiting == ()
+        assert commits_present(bench.store) == ()
+    finally:
+        bench.close()
+
+
+def test_a_store_that_is_away_gets_the_newest_first(tmp_path: Path) -> None:
+    """While nothing can be stored the local disk is bounded, what is passed over is told, and the newest arrives."""
+    blocked = tmp_path / "s"
+    blocked.write_text("a file where the directory should be")
+    bench = Bench(tmp_path)
+    bench.keepers.start()
+    try:
+        for step in range(1, 7):
+            bench.until(bench.snapshotter.ready, "a free slot")
+            newest = bench.snapshot(step)
+            bench.until(lambda: not arena.has_pending(bench.paths.arena), "the disk")
+        keep = bench.config.checkpoint.keep_local
+        bench.until(lambda: len(bench.tier.inventory().waiting) <= keep + 1, "room to be made")
+        blocked.unlink()
+        bench.until(lambda: newest in commits_present(bench.store), "the newest")
+        gone = {row["step"] for role in KEEPER_ROLES for row in bench.records(role) if row.get("gone")}
+        arrived = {int(commit[:12]) for commit in commits_present(bench.store)}
+        assert {1, 2} <= gone
+        assert gone.isdisjoint(arrived)
+        assert commit_id(6, 1, 1) == newest
+    finally:
+        bench.close()
