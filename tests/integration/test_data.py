@@ -1,16 +1,13 @@
 """Data that changes while a run goes on, and data that runs out, on real processes."""
 
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from orchestrator.journal import Batch, Journal
-from orchestrator.policy.state import EngineState
-from tests.runs import Run, tiny_config, write_corpus
+from tests.runs import Run, edit_state, tiny_config, write_corpus
 from tests.trainer.attempts import TinyRun
 from trainer.contract.config import DataConfig
 from trainer.contract.exit_codes import ExitCode
@@ -75,11 +72,11 @@ def test_more_steps_reorder_nothing(tmp_path: Path, corpus: Path) -> None:
 
 
 def test_nothing_left_to_read_halts_the_run(tmp_path: Path, corpus: Path) -> None:
-    """Every shard in quarantine: one attempt finds out, a restart could not help, a person is paged; no crash loop."""
+    """Every shard convicted in its turn: one attempt finds out, a person is paged; no restart, which could not help."""
     config = tiny_config(corpus, steps=12, evaluate={"every_steps": 1000})
     run = Run(tmp_path, config)
     run.launch()
-    _quarantine_everything(run)
+    edit_state(run, quarantines=[{"shard": shard, "from_position": 96} for shard in range(8)])
     again = Run(tmp_path, {**config, "steps": 24})
 
     output = again.launch(expect=3)
@@ -89,18 +86,6 @@ def test_nothing_left_to_read_halts_the_run(tmp_path: Path, corpus: Path) -> Non
     incident = again.incident("data_error")
     assert "halt" in incident["decision"]
     assert max(again.surviving_steps()) == 12
-
-
-def _quarantine_everything(run: Run) -> None:
-    """As if each shard had been convicted in its turn."""
-    with closing(Journal.open(run.paths.database)) as journal:
-        _, raw = journal.newest_snapshot()
-        assert raw is not None
-        snapshot = json.loads(raw)
-        state = EngineState.model_validate(snapshot["state"])
-        shut = [{"shard": shard, "from_position": state.position} for shard in range(8)]
-        snapshot["state"]["quarantines"] = shut
-        journal.commit(Batch(snapshot=json.dumps(snapshot).encode()))
 
 
 def test_a_checkpoint_of_another_order_is_refused_and_not_condemned(tmp_path: Path, corpus: Path) -> None:
