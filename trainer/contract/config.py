@@ -110,6 +110,7 @@ class DataConfig(Section):
         4, ge=1, description="samples are permuted among so many blocks: few is local, a batch draws on few shards"
     )  # fmt: skip
     read_ahead_blocks: int = Field(8, ge=1)
+    timeout_s: float = Field(300.0, ge=0, description="so long reads are tried again while their place does not answer")
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="of the filesystem; a secret is written {env: NAME}"
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from fsspec.asyn import AsyncFileSystem
 
 from trainer.contract.config import Format
 from trainer.data.errors import DataError, DataUnreachableError
@@ -23,6 +24,7 @@ _LLMC_MAGICS = {magic for magic, _ in _LLMC_DTYPES}
 _LLMC_EVAL_MAGIC = 20240522
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+CALL_S = 60.0  # one read of one block
 _MEGATRON_HEAD_BYTES = 34
 _NPY_MAGIC = b"\x93NUMPY"
 
@@ -82,8 +84,9 @@ def read_tokens(fs: Any, path: str, layout: Layout, start: int, count: int) -> T
     dtype = np.dtype(layout.dtype)
     begin = layout.offset + start * dtype.itemsize
     end = begin + count * dtype.itemsize
+    limit = {"timeout": CALL_S} if isinstance(fs, AsyncFileSystem) else {}  # s3fs alone waits for ever on silence
     try:
-        raw = fs.cat_file(path, start=begin, end=end)
+        raw = fs.cat_file(path, start=begin, end=end, **limit)
     except FileNotFoundError as error:
         raise _missing(path) from error
     except storage_errors(fs) as error:

@@ -3,19 +3,27 @@
 Sample i of a shard is tokens [iT, iT + T + 1), so that inputs and targets tile.
 """
 
+import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from trainer.contract.config import DataConfig
-from trainer.data.errors import TokenRangeError
+from trainer.data.errors import DataUnreachableError, TokenRangeError
 from trainer.data.formats import Tokens, read_tokens
 from trainer.data.manifest import Place, Shard
 from trainer.data.timeline import Spots
+
+log = structlog.get_logger(__name__)
+
+_FIRST_WAIT_S = 0.5
+_MOST_WAIT_S = 30.0
 
 TokenBatch = npt.NDArray[np.int64]
 
@@ -62,11 +70,41 @@ class Shelf:
 _Unit = tuple[int, int, int]  # samples [first, last) of a shard: a block, or its part of one that spans shards
 
 
+class Patience:
+    """Tries again while a place does not answer, ever more rarely; what is missing or damaged is said at once."""
+
+    def __init__(self, timeout_s: float, pause: Callable[[float], bool], clock: Callable[[], float]) -> None:
+        """`pause` waits so many seconds and says whether there is no point in going on, as `Event.wait` does."""
+        self._timeout_s = timeout_s
+        self._pause = pause
+        self._clock = clock
+
+    def read(self, call: Callable[[], Tokens]) -> Tokens:
+        """What the call returns.
+
+        Raises:
+            DataUnreachableError: there was no answer for `timeout_s` seconds.
+            DataError: the data is missing or damaged.
+        """
+        deadline_s = self._clock() + self._timeout_s
+        wait_s = _FIRST_WAIT_S
+        while True:
+            try:
+                return call()
+            except DataUnreachableError as error:
+                log.warning("data_unreachable", shard=error.shard, why=error.what, again_in_s=wait_s)
+                if self._clock() + wait_s > deadline_s or self._pause(wait_s):
+                    raise
+            wait_s = min(2 * wait_s, _MOST_WAIT_S)
+
+
 class BlockCache:
     """Whole blocks in memory: those in use, and those read ahead where the place is remote."""
 
     def __init__(self, shelf: Shelf, config: DataConfig) -> None:
         self._shelf = shelf
+        self._closed = threading.Event()
+        self._patience = Patience(config.timeout_s, self._closed.wait, time.monotonic)
         streams = len(config.sources)  # each source is in a window of its own
         self._most = 2 * (2 * config.window_blocks * streams + config.read_ahead_blocks + 2)
         self._units: OrderedDict[_Unit, Tokens | Future[Tokens]] = OrderedDict()
@@ -97,7 +135,8 @@ class BlockCache:
                 self._keep(unit, self._pool.submit(self._read, unit))
 
     def close(self) -> None:
-        """Stop the readers."""
+        """Stop the readers, those too that wait for their place to answer."""
+        self._closed.set()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -119,7 +158,7 @@ class BlockCache:
 
     def _read(self, unit: _Unit) -> Tokens:
         shard, first, last = unit
-        return self._shelf.read(shard, first, last - first)
+        return self._patience.read(lambda: self._shelf.read(shard, first, last - first))
 
 
 def _units(spots: Spots) -> list[_Unit]:
