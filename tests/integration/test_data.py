@@ -1,13 +1,16 @@
 """Data that changes while a run goes on, and data that runs out, on real processes."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
 
-from tests.runs import Run, edit_state, tiny_config, write_corpus
+from tests import s3
+from tests.runs import Run, edit_state, tiny_config, wait_until, write_corpus
 from tests.trainer.attempts import TinyRun
 from trainer.contract.config import DataConfig
 from trainer.contract.exit_codes import ExitCode
@@ -98,3 +101,41 @@ def test_a_checkpoint_of_another_order_is_refused_and_not_condemned(tmp_path: Pa
     (error,) = run.records(2, "error")
     assert "was trained on another order of the data" in error["message"]
     assert "the checkpoint itself is sound" in error["message"]
+
+
+def test_data_that_is_away_for_a_while_is_no_incident(tmp_path: Path, corpus: Path) -> None:
+    """The server of the shards goes away under a running training and comes back: training waits, that is all."""
+    (port,) = s3.free_ports(1)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    endpoint = f"http://127.0.0.1:{port}"
+    with closing(s3.client(endpoint)) as client:
+        client.create_bucket(Bucket="data")
+        for shard in sorted(corpus.iterdir()):
+            client.upload_file(str(shard), "data", f"corpus/{shard.name}")
+    config = tiny_config(corpus, steps=300)
+    config["data"] |= {
+        "train": "s3://data/corpus",
+        "storage_options": {
+            "endpoint_url": endpoint,
+            "key": {"env": s3.KEY_ENV},
+            "secret": {"env": s3.SECRET_ENV},
+            "config_kwargs": {"retries": {"total_max_attempts": 1}},
+        },
+    }
+    secrets = {s3.KEY_ENV: s3.ACCESS_KEY, s3.SECRET_ENV: s3.SECRET_KEY}
+    run = Run(tmp_path, config, environment=secrets)
+    process = run.start()
+    try:
+        wait_until(lambda: len(run.records(1, "step")) > 20, "training")
+        server.stop()
+        wait_until(lambda: "data_unreachable" in run.paths.log(1).read_text(), "the outage to be noticed")
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+        server.start()
+        run.wait(process)
+    finally:
+        server.stop()
+        run.kill_everything(process)
+    assert len(run.attempts()) == 1
+    assert not [incident for incident in run.incidents() if incident["class"] in ("data_error", "crash", "hang")]
+    assert sorted(run.surviving_steps()) == list(range(1, 301))
