@@ -13,7 +13,7 @@ _ENDS_WITHIN_S = 60.0
 
 
 @contextmanager
-def keepers(paths: RunPaths, config: RunConfig) -> Iterator[None]:
+def keepers(paths: RunPaths, config: RunConfig, *, keep_arena: bool = False) -> Iterator[None]:
     """Both are there while the block runs; at its end they do what is still to be done, as for a supervisor."""
     running = [_Running(role, paths, config) for role in KEEPER_ROLES]
     try:
@@ -21,7 +21,7 @@ def keepers(paths: RunPaths, config: RunConfig) -> Iterator[None]:
     finally:
         for one in running:
             one.stop()
-        if not arena.has_pending(paths.arena):
+        if not keep_arena and not arena.has_pending(paths.arena):
             arena.remove(paths.arena)
 
 

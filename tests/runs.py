@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.journal import Journal
+from orchestrator.journal import Batch, Journal
 from orchestrator.process.child import kill_leftovers
 from trainer.contract import arena
 from trainer.contract.paths import KEEPER_ROLES, RunPaths
@@ -215,6 +215,17 @@ class Run:
         for path in (self.paths.fault_counts(), self.paths.fault_counts("uploader")):
             counts |= json.loads(path.read_text()) if path.exists() else {}
         return counts
+
+
+def edit_state(run: Run, **changes: Any) -> None:
+    """Change what the engine of a run that is not running remembers, as if it had so decided earlier."""
+    with closing(Journal.open(run.paths.database)) as journal:
+        _, raw = journal.newest_snapshot()
+        assert raw is not None
+        snapshot = json.loads(raw)
+        assert changes.keys() <= snapshot["state"].keys()
+        snapshot["state"].update(changes)
+        journal.commit(Batch(snapshot=json.dumps(snapshot).encode()))
 
 
 def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:

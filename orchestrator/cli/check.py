@@ -25,14 +25,17 @@ SetOption = Annotated[
 def check(run_file: RunFile, sets: SetOption = None) -> None:
     """Check configuration, policy, data, store, disk and port, and name every mistake with its remedy."""
     run = resolve(run_file, sets or ())
-    changed = check_changes(run) if run.paths.database.exists() else []
-    problems = preflight(run, port=not is_held(run.paths.lock)).problems  # a running supervisor has the port by right
-    for problem in problems:
+    goes_on = run.paths.database.exists()
+    changed = check_changes(run) if goes_on else []
+    found = preflight(run, port=not is_held(run.paths.lock), goes_on=goes_on)  # who supervises has the port by right
+    for problem in found.problems:
         remark(str(problem))
-    if problems:
+    if found.problems:
         raise typer.Exit(2)
     if changed:
         say(f"the run goes on with other values for: {', '.join(changed)}")
+    for change in found.data.changes if found.data is not None else ():
+        say(change)
     say(f"{run_file}: ok; the run's files go to {run.paths.root}, its checkpoints to {run.config.store.url}")
 
 

@@ -67,15 +67,13 @@ def _segments(ctx: Context) -> tuple[Segment, ...]:
     state = ctx.state
     if state.order is not None and (not state.segments or state.segments[-1].spec != state.order):
         begin = max([state.position, *(skip.end for skip in state.skips)])
-        ahead = [segment for segment in state.segments if segment.from_position >= begin]
-        kept = [segment for segment in state.segments if segment not in ahead]
-        segment = Segment(from_position=begin if kept else 0, **dict(state.order))
-        if kept and kept[-1].spec == state.order:  # back to what it was, before anything else was read
-            state.segments = kept
-        else:
-            state.segments = [*kept, segment]
+        kept = [segment for segment in state.segments if segment.from_position < begin]
+        state.segments = kept
+        if not kept or kept[-1].spec != state.order:  # else back to what it was, before anything else was read
+            fresh = Segment(from_position=begin if kept else 0, **dict(state.order))
+            state.segments = [*kept, fresh]
             if kept:
-                ctx.notify("info", "data changed", _said(kept[-1], segment))
+                ctx.notify("info", "data changed", _said(kept[-1], fresh))
     return tuple(state.segments)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
 
-from orchestrator.journal import Batch, Journal
-from orchestrator.policy.state import EngineState
-from tests.runs import Run, tiny_config, write_corpus
+from tests import s3
+from tests.runs import Run, edit_state, tiny_config, wait_until, write_corpus
 from tests.trainer.attempts import TinyRun
 from trainer.contract.config import DataConfig
 from trainer.contract.exit_codes import ExitCode
@@ -75,11 +75,11 @@ def test_more_steps_reorder_nothing(tmp_path: Path, corpus: Path) -> None:
 
 
 def test_nothing_left_to_read_halts_the_run(tmp_path: Path, corpus: Path) -> None:
-    """Every shard in quarantine: one attempt finds out, a restart could not help, a person is paged; no crash loop."""
+    """Every shard convicted in its turn: one attempt finds out, a person is paged; no restart, which could not help."""
     config = tiny_config(corpus, steps=12, evaluate={"every_steps": 1000})
     run = Run(tmp_path, config)
     run.launch()
-    _quarantine_everything(run)
+    edit_state(run, quarantines=[{"shard": shard, "from_position": 96} for shard in range(8)])
     again = Run(tmp_path, {**config, "steps": 24})
 
     output = again.launch(expect=3)
@@ -89,18 +89,6 @@ def test_nothing_left_to_read_halts_the_run(tmp_path: Path, corpus: Path) -> Non
     incident = again.incident("data_error")
     assert "halt" in incident["decision"]
     assert max(again.surviving_steps()) == 12
-
-
-def _quarantine_everything(run: Run) -> None:
-    """As if each shard had been convicted in its turn."""
-    with closing(Journal.open(run.paths.database)) as journal:
-        _, raw = journal.newest_snapshot()
-        assert raw is not None
-        snapshot = json.loads(raw)
-        state = EngineState.model_validate(snapshot["state"])
-        shut = [{"shard": shard, "from_position": state.position} for shard in range(8)]
-        snapshot["state"]["quarantines"] = shut
-        journal.commit(Batch(snapshot=json.dumps(snapshot).encode()))
 
 
 def test_a_checkpoint_of_another_order_is_refused_and_not_condemned(tmp_path: Path, corpus: Path) -> None:
@@ -113,3 +101,41 @@ def test_a_checkpoint_of_another_order_is_refused_and_not_condemned(tmp_path: Pa
     (error,) = run.records(2, "error")
     assert "was trained on another order of the data" in error["message"]
     assert "the checkpoint itself is sound" in error["message"]
+
+
+def test_data_that_is_away_for_a_while_is_no_incident(tmp_path: Path, corpus: Path) -> None:
+    """The server of the shards goes away under a running training and comes back: training waits, that is all."""
+    (port,) = s3.free_ports(1)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    endpoint = f"http://127.0.0.1:{port}"
+    with closing(s3.client(endpoint)) as client:
+        client.create_bucket(Bucket="data")
+        for shard in sorted(corpus.iterdir()):
+            client.upload_file(str(shard), "data", f"corpus/{shard.name}")
+    config = tiny_config(corpus, steps=300)
+    config["data"] |= {
+        "train": "s3://data/corpus",
+        "storage_options": {
+            "endpoint_url": endpoint,
+            "key": {"env": s3.KEY_ENV},
+            "secret": {"env": s3.SECRET_ENV},
+            "config_kwargs": {"retries": {"total_max_attempts": 1}},
+        },
+    }
+    secrets = {s3.KEY_ENV: s3.ACCESS_KEY, s3.SECRET_ENV: s3.SECRET_KEY}
+    run = Run(tmp_path, config, environment=secrets)
+    process = run.start()
+    try:
+        wait_until(lambda: len(run.records(1, "step")) > 20, "training")
+        server.stop()
+        wait_until(lambda: "data_unreachable" in run.paths.log(1).read_text(), "the outage to be noticed")
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+        server.start()
+        run.wait(process)
+    finally:
+        server.stop()
+        run.kill_everything(process)
+    assert len(run.attempts()) == 1
+    assert not [incident for incident in run.incidents() if incident["class"] in ("data_error", "crash", "hang")]
+    assert sorted(run.surviving_steps()) == list(range(1, 301))

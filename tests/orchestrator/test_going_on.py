@@ -136,7 +136,7 @@ def test_shards_that_changed_are_refused(here: Path, capsys: pytest.CaptureFixtu
     assert "shards may be added" in said
 
 
-def test_shards_that_were_added_get_the_next_numbers(here: Path) -> None:
+def test_shards_that_were_added_get_the_next_numbers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Wherever they sort in their directory; what was known keeps its numbers, and it is said what is new."""
     file, before = _begun(here)
     (here / "corpus" / "shard-000a.bin").write_bytes((here / "corpus" / "shard-000.bin").read_bytes())
@@ -148,6 +148,8 @@ def test_shards_that_were_added_get_the_next_numbers(here: Path) -> None:
     assert found.book["shards"][:-1] == before.book["shards"]
     assert found.book["shards"][-1]["shard"]["name"] == "shard-000a.bin"
     assert found.order != before.order
+    assert run(["check", str(file)]) == 0
+    assert "source train has 1 more shards" in capsys.readouterr().out
 
 
 def test_data_that_moved_is_the_same_data(here: Path) -> None:

@@ -94,10 +94,10 @@ class TinyRun:
         self.paths.plan(attempt).write_text(plan.model_dump_json())
         return plan
 
-    def run(self, attempt: int = 1, **changes: Any) -> int:
-        """One attempt in this process; its exit code."""
+    def run(self, attempt: int = 1, *, keep_arena: bool = False, **changes: Any) -> int:
+        """One attempt in this process; its exit code. The arena goes with it, unless it is to be kept."""
         self.plan(attempt, **changes)
-        with keepers(self.paths, self.config), Attempt(self.paths, attempt) as entered:
+        with keepers(self.paths, self.config, keep_arena=keep_arena), Attempt(self.paths, attempt) as entered:
             return int(entered.run())
 
     def spawn(self, attempt: int = 1, **changes: Any) -> subprocess.Popen[bytes]:

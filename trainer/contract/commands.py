@@ -59,6 +59,15 @@ def append_command(path: Path, command: Command) -> None:
         os.close(descriptor)
 
 
+def read_commands(path: Path) -> list[Command]:
+    """Every complete command of a mailbox; none if it is not there."""
+    try:
+        complete = path.read_bytes().rpartition(b"\n")[0]
+    except FileNotFoundError:
+        return []
+    return [_COMMANDS.validate_json(line) for line in complete.splitlines()]
+
+
 class CommandReader:
     """The trainer's side of the mailbox."""
 

@@ -35,22 +35,17 @@ class Blend:
         """(source, how many samples of it came before) at each position."""
         if len(self._weights) == 1:
             return np.zeros_like(positions), positions
-        sources, indices = np.empty_like(positions), np.empty_like(positions)
-        periods = positions // PERIOD
-        for period in np.unique(periods).tolist():
-            chosen = periods == period
-            slots = positions[chosen] - period * PERIOD
-            pattern, ranks = self._pattern(period)
-            sources[chosen] = pattern[slots]
-            indices[chosen] = np.asarray(self._quotas(period), dtype=np.int64)[pattern[slots]] + ranks[slots]
-        return sources, indices
+        periods, which = np.unique(positions // PERIOD, return_inverse=True)
+        sources, indices = self._patterns(periods)
+        slots = positions % PERIOD
+        return sources[which, slots], indices[which, slots]
 
     def counts(self, position: int) -> list[int]:
         """How many samples of each source come before a position."""
         period, slot = divmod(position, PERIOD)
         if len(self._weights) == 1:
             return [position]
-        seen = np.bincount(self._pattern(period)[0][:slot], minlength=len(self._weights)).tolist()
+        seen = np.bincount(self._patterns(np.asarray([period]))[0][0, :slot], minlength=len(self._weights)).tolist()
         return [quota + count for quota, count in zip(self._quotas(period), seen, strict=True)]
 
     def positions(self, source: int, indices: I64) -> I64:
@@ -64,7 +59,7 @@ class Blend:
             period = self._period_of(source, int(indices[in_order[done]]))
             base, end = self._quotas(period)[source], self._quotas(period + 1)[source]
             stop = int(np.searchsorted(ordered, end))
-            slots = np.flatnonzero(self._pattern(period)[0] == source)
+            slots = np.flatnonzero(self._patterns(np.asarray([period]))[0][0] == source)
             mine = in_order[done:stop]
             found[mine] = period * PERIOD + slots[indices[mine] - base]
             done = stop
@@ -87,13 +82,17 @@ class Blend:
             weight_left -= self._weights[number]
         return counts
 
-    def _pattern(self, period: int) -> tuple[I64, I64]:
-        """The source at each slot of a period, and how often it came before within the period."""
-        sizes = np.subtract(self._quotas(period + 1), self._quotas(period))
-        keys = np.full(PERIOD, key(self._seed, period, 3), dtype=np.uint64)
-        slots = permute(np.arange(PERIOD, dtype=np.uint64), PERIOD, keys).astype(np.int64)
-        pattern = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)[slots]
-        in_order = np.argsort(pattern, kind="stable")
-        ranks = np.empty(PERIOD, dtype=np.int64)
-        ranks[in_order] = np.arange(PERIOD) - (np.cumsum(sizes) - sizes)[pattern[in_order]]
-        return pattern, ranks
+    def _patterns(self, periods: I64) -> tuple[I64, I64]:
+        """(period, slot) -> the source read there, and how many samples of it came before."""
+        keys = np.repeat(key(self._seed, periods, 3), PERIOD)
+        values = np.tile(np.arange(PERIOD, dtype=np.uint64), len(periods))
+        slots = permute(values, PERIOD, keys).astype(np.int64).reshape(-1, PERIOD)
+        quotas = np.asarray([self._quotas(period) for period in periods.tolist()], dtype=np.int64)
+        sizes = np.asarray([self._quotas(period + 1) for period in periods.tolist()], dtype=np.int64) - quotas
+        in_turn = np.stack([np.repeat(np.arange(len(row), dtype=np.int64), row) for row in sizes])
+        sources = np.take_along_axis(in_turn, slots, 1)
+        in_order = np.argsort(sources, axis=1, kind="stable")
+        befores = quotas - (np.cumsum(sizes, axis=1) - sizes)
+        indices = np.empty_like(sources)
+        np.put_along_axis(indices, in_order, np.arange(PERIOD) + np.take_along_axis(befores, in_turn, 1), 1)
+        return sources, indices

@@ -9,6 +9,7 @@ they write under names of their own, and what another one removed is merely miss
 import os
 import threading
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -29,7 +30,7 @@ class DiskCache:
     """
 
     def __init__(self, directory: Path, most_bytes: int) -> None:
-        self._directory = directory
+        self.directory = directory
         self._most_bytes = most_bytes
         self._lock = threading.Lock()
         self._warned = False
@@ -41,7 +42,7 @@ class DiskCache:
 
     def get(self, key: str, size: int) -> bytes | None:
         """The `size` bytes kept under a key; None if they are not there, or no longer what they were."""
-        path = self._directory / key
+        path = self.directory / key
         try:
             content = path.read_bytes()
             if content[:_CRC_BYTES] == _checksum(content[_CRC_BYTES:]) and len(content) == _CRC_BYTES + size:
@@ -60,13 +61,13 @@ class DiskCache:
         size = _CRC_BYTES + len(data)
         if size > self._most_bytes:
             return
-        path = self._directory / key
+        path = self.directory / key
         part = path.with_name(f"{key}.{uuid.uuid4().hex}")  # what a killed process leaves ages out like the rest
         try:
             part.write_bytes(_checksum(data) + data)
             part.rename(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            _remove(part)
             self._warn(error)
             return
         with self._lock:
@@ -80,13 +81,13 @@ class DiskCache:
         for _, size, path in files:
             if self._held_bytes <= self._most_bytes * _AFTER_EVICTION:
                 return
-            path.unlink(missing_ok=True)
+            _remove(path)
             self._held_bytes -= size
 
     def _files(self) -> list[tuple[int, int, Path]]:
         """(last use, bytes, path) of all that lies there."""
         found = []
-        for path in self._directory.glob("*"):
+        for path in self.directory.glob("*"):
             try:
                 facts = path.stat()
             except OSError:
@@ -97,7 +98,12 @@ class DiskCache:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            log.warning("data_cache_unusable", directory=str(self._directory), why=str(error))
+            log.warning("data_cache_unusable", directory=str(self.directory), why=str(error))
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # gone already, or on a disk that has become read-only
+        path.unlink()
 
 
 def _checksum(data: bytes) -> bytes:

@@ -96,7 +96,7 @@ class Cursor:
         while missing:
             self._refuse_to_search_for_ever()
             candidates = self._run(missing)
-            source = self._sources(candidates)
+            source = self.sources(candidates)
             shard = self._shard_of(source)
             wanted = ~self._quarantined(candidates, shard)
             positions.append(candidates[wanted])
@@ -157,8 +157,8 @@ class Cursor:
         self.position = stop
         return np.arange(start, stop, dtype=np.int64)
 
-    def _sources(self, positions: I64) -> I64:
-        """Past the planned end, deferred positions are read first."""
+    def sources(self, positions: I64) -> I64:
+        """Where in the raw order lies what is read at these: past the planned end, deferred positions come first."""
         if self._planned is None or not self._deferred.size:
             return positions
         index = positions - self._planned

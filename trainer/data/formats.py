@@ -25,6 +25,7 @@ _LLMC_EVAL_MAGIC = 20240522
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _HEAD_BYTES = 4096
+_MEGATRON_HEAD_BYTES = 34
 _NPY_MAGIC = b"\x93NUMPY"
 
 
@@ -137,13 +138,22 @@ def _megatron(fs: Any, path: str, size: int) -> Layout:
         raw = read_range(fs, index, 0, size_of(fs, index))
     except FileNotFoundError as error:
         raise missing(index) from error
-    if not raw.startswith(_MEGATRON_MAGIC) or len(raw) < 34:
+    if not raw.startswith(_MEGATRON_MAGIC) or len(raw) < _MEGATRON_HEAD_BYTES:
         raise DataError(f"{index}: not a Megatron index", "prepare it again", shard=path)
-    _, code, sequences, _ = struct.unpack_from("<QBQQ", raw, len(_MEGATRON_MAGIC))
+    version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, len(_MEGATRON_MAGIC))
+    if version != 1:
+        raise DataError(f"{index}: Megatron index version {version} is not known", "prepare it again", shard=path)
     dtype = _MEGATRON_DTYPES.get(code)
-    if dtype is None or len(raw) < 34 + 4 * sequences:
-        raise DataError(f"{index}: damaged, or of a dtype that holds no tokens", "prepare it again", shard=path)
-    tokens = int(np.frombuffer(raw, dtype="<i4", count=sequences, offset=34).sum(dtype=np.int64))
+    if dtype is None:
+        raise DataError(f"{index}: dtype code {code} holds no tokens", "prepare it with integer tokens", shard=path)
+    if len(raw) < _MEGATRON_HEAD_BYTES + 12 * sequences + 8 * documents:
+        raise truncated(index, f"{sequences} sequences and {documents} documents", f"{len(raw)} bytes")
+    lengths = np.frombuffer(raw, dtype="<i4", count=sequences, offset=_MEGATRON_HEAD_BYTES).astype(np.int64)
+    offsets = np.frombuffer(raw, dtype="<i8", count=sequences, offset=_MEGATRON_HEAD_BYTES + 4 * sequences)
+    ends = np.cumsum(lengths) * np.dtype(dtype).itemsize
+    if (lengths < 0).any() or (offsets[1:] != ends[:-1]).any() or (offsets[:1] != 0).any():
+        raise DataError(f"{index}: its sequences do not lie one after another", "prepare it again", shard=path)
+    tokens = int(lengths.sum())
     expected = tokens * np.dtype(dtype).itemsize
     if size != expected:
         raise truncated(path, f"{expected} bytes for the {tokens} tokens of its index", f"{size} bytes")

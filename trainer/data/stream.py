@@ -40,7 +40,7 @@ class DataStream:
     Args:
         config: the data section.
         sample_tokens: T, inputs of a sample; a row of a batch has T + 1 tokens.
-        book: the shards of the run; None: those that are there.
+        book: the shards of the run, compared with what is there (`bring_up`); None: those that are there.
         segments: the plan's; empty means one segment as configured.
         skips: raw ranges that are not read where they lie.
         quarantines: shards that are not read from a position on.
@@ -67,7 +67,7 @@ class DataStream:
         cache_dir: Path | None = None,
         patience: Patience | None = None,
     ) -> None:
-        book = bring_up(config, book)
+        book = book if book is not None else bring_up(config, None)
         self.segments = segments_of(segments, book, config, sample_tokens)
         self.vocab_size, self.shard_names = book.vocab_size, book.names()
         shelf = _shelf(book, config, sample_tokens)

@@ -38,9 +38,9 @@ class Spots:
         """Room for so many."""
         return cls(*(np.empty(size, dtype=np.int64) for _ in range(5)))
 
-    def part(self, at: slice) -> "Spots":
+    def part(self, at: "I64 | slice") -> "Spots":
         """Some of them."""
-        return Spots(*(getattr(self, item.name)[at] for item in fields(self)))
+        return Spots(self.shards[at], self.numbers[at], self.firsts[at], self.lasts[at], self.epochs[at])
 
     def put(self, where: "I64 | Bools", found: "Spots", at: "I64 | slice" = slice(None)) -> None:
         """Take over what was found elsewhere, or some of it."""
@@ -187,8 +187,10 @@ class Timeline:
 
     def spots(self, positions: I64) -> Spots:
         """Where the samples at raw positions lie. In chunks: one sample costs what thousands cost, milliseconds."""
-        result = Spots.empty(len(positions))
         numbers = positions // _CHUNK_POSITIONS
+        if numbers.size and (numbers == numbers[0]).all():  # as a rule
+            return self._chunk(int(numbers[0])).part(positions - numbers[0] * _CHUNK_POSITIONS)
+        result = Spots.empty(len(positions))
         for number in np.unique(numbers).tolist():
             chosen = numbers == number
             result.put(chosen, self._chunk(number), positions[chosen] - number * _CHUNK_POSITIONS)
