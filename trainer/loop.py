@@ -38,7 +38,7 @@ from trainer.probe import ProbeBatch
 from trainer.recording import StepFacts, started_fields, step_fields
 from trainer.saving import Saver, SaveSchedule, finite_or_none
 from trainer.schedule import lr_at
-from trainer.setup import Machinery, Workplace, order_facts
+from trainer.setup import Machinery, Workplace, order_facts, patience_with_data
 from trainer.state import Progress, TrainingState, collect
 from trainer.step import PendingResult, StepResult
 
@@ -108,9 +108,11 @@ class Loop:
                 self._train_one()
                 self._boundary()
         except DataError:  # whoever mends the data goes on from here, not from the last scheduled checkpoint
-            self._settle()
-            self._save_for_good()
-            raise
+            if not self._at.stop:
+                self._settle()
+                self._save_for_good()
+                raise
+            self._leaving = "preempted"  # asked to leave while it waited for the data
         return self._end()
 
     def close(self) -> None:
@@ -292,7 +294,14 @@ class Loop:
         self._settle()
         self._enter(Phase.EVALUATE)
         sequences = config.batch.micro_sequences or config.batch.sequences
-        batches = validation_batches(config.data, config.batch.sequence_tokens, config.evaluate.sequences, sequences)
+        batches = validation_batches(
+            config.data,
+            config.batch.sequence_tokens,
+            config.evaluate.sequences,
+            sequences,
+            cache_dir=self._at.paths.data_cache,
+            patience=patience_with_data(self._at),
+        )
         found = evaluate(
             self._m.model, batches, self._m.precision, hook=self._m.hook, interrupted=lambda: bool(self._at.stop)
         )

@@ -23,6 +23,7 @@ from trainer.contract.plan import ResumePlan, Segment
 from trainer.contract.store import Store, open_store
 from trainer.data.book import Book, bring_up, read_book
 from trainer.data.errors import DataError
+from trainer.data.patience import Patience
 from trainer.data.stream import DataStream
 from trainer.errors import NoCandidateError, SetupError
 from trainer.evaluate import Hook, load_hook
@@ -98,7 +99,8 @@ def build(at: Workplace) -> Machinery:
     device = configure_torch(config)
     seed_everything(config.seed)
     hook = load_hook(config.evaluate.hook)
-    book = bring_up(config.data, read_book(at.paths.data_book))
+    patience = patience_with_data(at)
+    book = patience.outlast(lambda _: bring_up(config.data, read_book(at.paths.data_book)))
     vocab_size = checked_vocab_size(config, book)
     faults = FaultDesk(Injector(config.faults, at.paths.fault_counts()), at.reporter, at.plan.attempt, vocab_size)
     precision = resolve(config.precision, device)
@@ -110,7 +112,7 @@ def build(at: Workplace) -> Machinery:
     faults.after_load(start.progress.step)
     plan = at.plan.anchored(start.progress.step, start.progress.position)
     snapshotter = build_snapshotter(at, start.loaded)
-    stream = open_stream(config, book, plan, start)
+    stream = open_stream(at, book, plan, start, patience)
     if start.loaded is not None:  # last, because building the parts above may throw dice
         restore_rng(start.loaded.extra, config.seed, plan.branch)
     return Machinery(plan, start, step, precision, stream, snapshotter, faults, hook)
@@ -177,7 +179,14 @@ def build_snapshotter(at: Workplace, loaded: Loaded | None) -> Snapshotter:
     return Snapshotter(at.paths.arena, author)
 
 
-def open_stream(config: RunConfig, book: Book, plan: ResumePlan, start: Start) -> DataStream:
+def patience_with_data(at: Workplace) -> Patience:
+    """How long an outage of the data is waited for: never so long that it would be taken for a hang."""
+    deadlines = at.config.deadlines
+    silence_s = min(deadlines.load, deadlines.warm_up, deadlines.train, deadlines.evaluate)
+    return Patience(min(at.config.data.timeout_s, silence_s / 2), give_up=lambda: bool(at.stop))
+
+
+def open_stream(at: Workplace, book: Book, plan: ResumePlan, start: Start, patience: Patience) -> DataStream:
     """The training data from the raw position of the loaded state on.
 
     Raises:
@@ -185,14 +194,16 @@ def open_stream(config: RunConfig, book: Book, plan: ResumePlan, start: Start) -
     """
     position = start.progress.position
     stream = DataStream(
-        config.data,
-        sample_tokens=config.batch.sequence_tokens,
+        at.config.data,
+        sample_tokens=at.config.batch.sequence_tokens,
         book=book,
         segments=plan.segments,
         skips=plan.skips,
         quarantines=plan.quarantines,
         position=position,
         planned_samples=plan.deferred_from,
+        cache_dir=at.paths.data_cache,
+        patience=patience,
     )
     if start.loaded is not None:
         trained_on = start.loaded.extra["facts"].get("data")

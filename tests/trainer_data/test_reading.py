@@ -1,20 +1,28 @@
-"""Reading from places that fail: tried again for a while, then said by name; what is missing is said at once."""
+"""Reading from places that fail, fall silent or change: waited for, then said by name; nothing hangs."""
 
+import os
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import numpy as np
 import pytest
-from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.trainer_data.shards import config, corpus
+from tests.trainer_data.far import FarFileSystem, far
+from tests.trainer_data.shards import config, corpus, llmc, token_at
 from trainer.data.errors import DataError, DataUnreachableError
-from trainer.data.formats import Tokens
-from trainer.data.reading import Patience
+from trainer.data.patience import Patience
 from trainer.data.stream import DataStream
 
 LENGTH = 16
+OUTAGE = DataUnreachableError("a.bin: no answer", "look", "a.bin")
+DAMAGE = DataError("a.bin: truncated", "bring it back", "a.bin")
 
 
 class _Clock:
@@ -22,117 +30,189 @@ class _Clock:
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.waits_s: list[float] = []
+        self.pauses_s: list[float] = []
 
-    def read(self) -> float:
-        """Now."""
+    def __call__(self) -> float:
         return self.now_s
 
-    def pause(self, seconds: float) -> bool:
+    def sleep(self, seconds: float) -> None:
         """Time passes."""
-        self.waits_s.append(seconds)
+        self.pauses_s.append(seconds)
         self.now_s += seconds
-        return False
+
+    def patience(self, timeout_s: float, **more: Any) -> Patience:
+        """That keeps this time."""
+        return Patience(timeout_s, clock=self, sleep=self.sleep, **more)
 
 
-def _failing(times: int, error: DataError) -> "Any":
-    calls = iter([error] * times)
+class _Attempts:
+    """Fails with these errors one after another, then succeeds."""
 
-    def call() -> Tokens | str:
-        for one in calls:
-            raise one
+    def __init__(self, *errors: DataError) -> None:
+        self._errors = iter(errors)
+        self.limits_s: list[float] = []
+
+    def __call__(self, timeout_s: float) -> str:
+        self.limits_s.append(timeout_s)
+        for error in self._errors:
+            raise error
         return "tokens"
 
-    return call
+
+@pytest.fixture(autouse=True)
+def _settled() -> Iterator[None]:
+    FarFileSystem.settle()
+    yield
+    FarFileSystem.settle()
 
 
-def test_an_outage_that_ends_is_waited_for() -> None:
-    """Ever longer pauses, and then the tokens."""
+@given(failures=st.integers(0, 12), timeout_s=st.floats(0, 500))
+def test_an_outage_is_waited_for_up_to_the_deadline(failures: int, timeout_s: float) -> None:
+    """Ever longer pauses that never pass the deadline; an error means that all the time was used."""
+    clock, attempts = _Clock(), _Attempts(*[OUTAGE] * failures)
+    outcome = ""
+    with suppress(DataUnreachableError):
+        outcome = clock.patience(timeout_s).outlast(attempts)
+    if outcome:
+        assert len(clock.pauses_s) == failures
+    else:
+        assert clock.now_s >= timeout_s - 1e-6
+    assert sum(clock.pauses_s) <= timeout_s + 1e-6
+    assert all(pause <= min(10.0, 0.5 * 2**number) for number, pause in enumerate(clock.pauses_s))
+    assert all(1.0 <= limit <= max(1.0, min(60.0, timeout_s)) for limit in attempts.limits_s)
+
+
+def test_an_outage_without_end_is_said() -> None:
+    """With the shard, and how long it was tried."""
     clock = _Clock()
-    patience = Patience(300.0, clock.pause, clock.read)
-    assert patience.read(_failing(5, DataUnreachableError("no answer", "look", "a.bin"))) == "tokens"
-    assert clock.waits_s == [0.5, 1.0, 2.0, 4.0, 8.0]
+    with pytest.raises(DataUnreachableError, match=r"no answer \(tried for 300 s\)") as caught:
+        clock.patience(300.0).outlast(_Attempts(*[OUTAGE] * 10_000))
+    assert caught.value.remedy == "look"
 
 
-def test_an_outage_that_lasts_is_said() -> None:
-    """Within the time that is given, the error names the shard."""
+def test_damage_is_looked_at_twice() -> None:
+    """Once more at once, since a proxy may have cut the answer; and then it is no outage to be waited for."""
     clock = _Clock()
-    with pytest.raises(DataUnreachableError) as caught:
-        Patience(100.0, clock.pause, clock.read).read(_failing(99, DataUnreachableError("no answer", "look", "a.bin")))
-    assert caught.value.shard == "a.bin"
-    assert 60 < clock.now_s <= 100
+    assert clock.patience(300.0).outlast(_Attempts(DAMAGE)) == "tokens"
+    with pytest.raises(DataError, match="truncated"):
+        clock.patience(300.0).outlast(_Attempts(DAMAGE, DAMAGE))
+    assert clock.pauses_s == []
 
 
-def test_what_is_missing_is_no_outage() -> None:
-    """Waiting would not bring it back."""
+def test_who_is_asked_to_leave_waits_no_longer() -> None:
+    """The next failure is the last."""
     clock = _Clock()
-    with pytest.raises(DataError, match="is missing"):
-        Patience(300.0, clock.pause, clock.read).read(_failing(1, DataError("a.bin is missing", "bring it back")))
-    assert clock.waits_s == []
+    patience = clock.patience(300.0, give_up=lambda: len(clock.pauses_s) >= 3)
+    with pytest.raises(DataUnreachableError):
+        patience.outlast(_Attempts(*[OUTAGE] * 100))
+    assert len(clock.pauses_s) == 3
 
 
-class _Flaky(LocalFileSystem):  # type: ignore[misc]
-    """Local files as a remote place that fails whenever it is told to."""
-
-    protocol = "flaky"
-    failures = 0
-    spared = 0  # a thread for which nothing fails
-
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        """Fail or read."""
-        cls = type(self)
-        if cls.failures and start and threading.get_ident() != cls.spared:
-            cls.failures -= 1
-            raise ConnectionResetError("connection reset")
-        return bytes(super().cat_file(path, start=start, end=end, **kwargs))
-
-
-@pytest.fixture
-def _flaky() -> None:
-    fsspec.register_implementation("flaky", _Flaky, clobber=True)
-    _Flaky.failures = _Flaky.spared = 0
-
-
-def _rows(stream: DataStream, batches: int) -> list[list[int]]:
+def _rows(stream: DataStream, batches: int = 20) -> list[list[int]]:
     return [row for _ in range(batches) for row in stream.next_batch(8).tokens.tolist()]
 
 
-@pytest.mark.usefixtures("_flaky")
-def test_a_failing_place_changes_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads ahead that fail are tried again, and every token is that of the local files."""
-    monkeypatch.setattr("trainer.data.reading._FIRST_WAIT_S", 0.0)
-    local = config(corpus(tmp_path))
-    expected = _rows(DataStream(local, sample_tokens=LENGTH), 20)
-    stream = DataStream(config(f"flaky://{tmp_path}"), sample_tokens=LENGTH)
-    _Flaky.failures = 7
-    assert _rows(stream, 20) == expected
-    assert _Flaky.failures == 0
+def _open_far(root: Path, **more: Any) -> DataStream:
+    return DataStream(far(root), sample_tokens=LENGTH, **more)
+
+
+def test_a_failing_place_changes_no_token(tmp_path: Path) -> None:
+    """Whichever reads fail, those ahead or those that are needed now: the tokens are those of the local files."""
+    expected = _rows(DataStream(config(corpus(tmp_path)), sample_tokens=LENGTH))
+    stream = _open_far(tmp_path, patience=_Clock().patience(1e6))
+    FarFileSystem.failures = 17
+    assert _rows(stream) == expected
+    assert FarFileSystem.failures == 0
     stream.close()
 
 
-@pytest.mark.usefixtures("_flaky")
-def test_a_reader_that_gives_up_is_heard(tmp_path: Path) -> None:
-    """The error of a thread that reads ahead reaches whoever wants the batch, with the shard; closing does not hang."""
-    stream = (
-        DataStream(config(f"flaky://{tmp_path}", timeout_s=0.0), sample_tokens=LENGTH) if corpus(tmp_path) else None
-    )
-    assert stream is not None
+def test_each_block_is_fetched_once_an_epoch(tmp_path: Path) -> None:
+    """What is read ahead is what is handed out afterwards."""
+    stream = _open_far(corpus(tmp_path))
+    stream.next_batch(stream.samples_per_epoch)
+    blocks = {(shard, start) for shard, start, _ in FarFileSystem.reads}
+    one_epoch = len(FarFileSystem.reads)
+    stream.close()
+    assert one_epoch <= len(blocks) + 8  # and what the next epoch begins with
+    assert len(blocks) >= 190 // 8
+
+
+def test_an_error_of_a_reader_ahead_is_heard(tmp_path: Path) -> None:
+    """With the shard's name, as soon as its block is wanted."""
+    stream = _open_far(corpus(tmp_path), patience=_Clock().patience(3.0))
     stream.next_batch(8)
-    _Flaky.failures = 10_000
-    with pytest.raises(DataUnreachableError, match=r"shard-\d\.bin") as caught:
+    FarFileSystem.failures = 10_000
+    with pytest.raises(DataUnreachableError, match=r"shard-\d\.bin: connection reset") as caught:
         _rows(stream, 50)
     assert caught.value.shard is not None
     stream.close()
 
 
-@pytest.mark.usefixtures("_flaky")
-def test_closing_ends_those_who_wait(tmp_path: Path) -> None:
-    """Readers that are between two tries give up; nobody waits for the outage to end."""
-    corpus(tmp_path)
-    stream = DataStream(config(f"flaky://{tmp_path}", timeout_s=1e6), sample_tokens=LENGTH)
-    _Flaky.failures = 10_000
-    _Flaky.spared = threading.get_ident()
+def _readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_a_silent_place_is_no_hang(tmp_path: Path) -> None:
+    """It takes connections and never answers: an error by the deadline, and closing does not wait for it either."""
+    stream = _open_far(corpus(tmp_path), patience=Patience(0.0))
     stream.next_batch(8)
-    assert any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+    FarFileSystem.answers.clear()
+    with pytest.raises(DataUnreachableError, match="no answer within 1 s"):
+        _rows(stream, 50)
     stream.close()
-    assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+    stream.close()
+    assert _readers(), "no read was in flight"
+    FarFileSystem.answers.set()
+    for thread in _readers():
+        thread.join(10)
+    assert not _readers()
+
+
+_FORK = """
+import os, sys
+from pathlib import Path
+from tests.trainer_data.far import FarFileSystem, far
+from tests.trainer_data.shards import config
+from trainer.data.stream import DataStream
+FarFileSystem.settle()
+root = Path(sys.argv[1])
+local, remote = (DataStream(data, sample_tokens=16) for data in (config(root), far(root)))
+expected = local.next_batch(8).tokens, remote.next_batch(8).tokens
+child = os.fork()
+if child == 0:
+    code = 1
+    try:
+        local.next_batch(8)
+        remote.next_batch(8)
+    except RuntimeError as error:
+        code = 7 if "does not survive a fork" in str(error) else 2
+    os._exit(code)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+remote.next_batch(8)
+"""
+
+
+def test_a_fork_is_refused_where_it_would_hang(tmp_path: Path) -> None:
+    """Threads stay with the parent: a remote stream says so in the child; a local one has none and goes on."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _FORK, str(corpus(tmp_path))]
+    done = subprocess.run(command, cwd=root, timeout=100, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("damage", ["shorter", "replaced", "written"])
+def test_a_local_shard_that_changes_under_the_run(tmp_path: Path, damage: str) -> None:
+    """Cut short, replaced by another file, or written in place: an error that names it, no bus error."""
+    stream = DataStream(config(corpus(tmp_path, (3000,))), sample_tokens=LENGTH)
+    stream.next_batch(8)
+    path = tmp_path / "shard-0.bin"
+    match damage:
+        case "shorter":
+            os.truncate(path, 1500)
+        case "replaced":
+            llmc(tmp_path / "other", token_at(1, np.arange(3000))).rename(path)
+        case "written":
+            path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(DataError, match=r"shard-0\.bin: was written to") as caught:
+        stream.next_batch(stream.samples_per_epoch)
+    assert caught.value.remedy

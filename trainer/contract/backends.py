@@ -13,12 +13,11 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
-T = TypeVar("T")
+from trainer.contract.deadline import call, protocols
 
 _PART = ".part-"  # prefix of files that are still being written; never listed
 _MEMORY_LOCK = threading.Lock()  # fsspec's memory file system is one object per process, so is its lock
@@ -156,7 +155,7 @@ class FsspecBackend:
     def __init__(self, fs: AbstractFileSystem, root: str, errors: tuple[type[Exception], ...] = (OSError,)) -> None:
         self._fs = fs
         self._root = root.rstrip("/")
-        self._in_memory = "memory" in _protocols(fs)
+        self._in_memory = "memory" in protocols(fs)
         self.errors = errors
 
     def create(self, key: str, data: bytes, timeout_s: float) -> None:
@@ -171,7 +170,7 @@ class FsspecBackend:
         if self._in_memory:
             self._create_in_memory(key, path.read_bytes())
             return
-        extra = {"max_concurrency": 4} if "s3" in _protocols(self._fs) else {}
+        extra = {"max_concurrency": 4} if "s3" in protocols(self._fs) else {}
         self._call(self._fs.put_file, str(path), self._path(key), mode="create", timeout_s=timeout_s, **extra)
 
     def read(self, key: str, start: int, end: int | None, timeout_s: float) -> bytes:
@@ -206,7 +205,7 @@ class FsspecBackend:
 
     def abort_unfinished(self, prefix: str, timeout_s: float) -> int:
         """Multipart uploads below our own prefix; s3fs itself could only end those of the whole bucket."""
-        if "s3" not in _protocols(self._fs):
+        if "s3" not in protocols(self._fs):
             return 0
         bucket, _, root = self._root.partition("/")
         ours = f"{root}/{prefix}"
@@ -237,39 +236,7 @@ class FsspecBackend:
         return f"{self._root}/{key}"
 
     def _call(self, method: Callable[..., Any], *args: Any, timeout_s: float, **kwargs: Any) -> Any:
-        """One call with a total deadline: s3fs alone waits for ever on a server that accepts and stays silent."""
-        if isinstance(self._fs, AsyncFileSystem):
-            return method(*args, timeout=timeout_s, **kwargs)
-        if self._in_memory:
-            return method(*args, **kwargs)
-        return _within(timeout_s, lambda: method(*args, **kwargs))
-
-
-def _within(timeout_s: float, call: Callable[[], T]) -> T:
-    """Run a blocking call in a thread and stop waiting at the deadline; the thread ends with the call."""
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(call())
-        except BaseException as error:
-            failure.append(error)
-            if not isinstance(error, Exception):
-                raise
-
-    thread = threading.Thread(target=run, daemon=True, name="store-call")
-    thread.start()
-    thread.join(timeout_s)
-    if failure:
-        raise failure[0]
-    if not outcome:
-        raise TimeoutError(f"no answer within {timeout_s:g} s")
-    return outcome[0]
-
-
-def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+        return call(self._fs, method, *args, timeout_s=timeout_s, **kwargs)
 
 
 def _sync_file(path: Path) -> None:

@@ -110,7 +110,10 @@ class DataConfig(Section):
         4, ge=1, description="samples are permuted among so many blocks: few is local, a batch draws on few shards"
     )  # fmt: skip
     read_ahead_blocks: int = Field(8, ge=1)
-    timeout_s: float = Field(300.0, ge=0, description="so long reads are tried again while their place does not answer")
+    timeout_s: float = Field(
+        300.0, ge=0, description="how long an outage of the storage is waited for; at most half of deadlines.train"
+    )
+    cache_bytes: int = Field(1 << 30, ge=0, description="of the run directory's disk, for blocks of remote shards")
     storage_options: dict[str, Any] = Field(
         default_factory=dict, repr=False, description="of the filesystem; a secret is written {env: NAME}"
     )

@@ -36,6 +36,11 @@ class RunPaths:
         return self.root / "data.json"
 
     @property
+    def data_cache(self) -> Path:
+        """Blocks of remote shards, owned by whoever reads them; may be deleted at any time."""
+        return self.root / "data-cache"
+
+    @property
     def lock(self) -> Path:
         """flock of the one supervisor."""
         return self.root / "lock"

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fsspec.asyn import AsyncFileSystem
 
 from trainer.contract.config import Format
-from trainer.data.errors import DataError, DataUnreachableError
+from trainer.data.errors import DataError
+from trainer.data.storage import CALL_TIMEOUT_S, ask, missing, read_range, size_of, truncated
 
 Tokens = npt.NDArray[Any]
 
@@ -24,7 +24,7 @@ _LLMC_MAGICS = {magic for magic, _ in _LLMC_DTYPES}
 _LLMC_EVAL_MAGIC = 20240522
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-CALL_S = 60.0  # one read of one block
+_HEAD_BYTES = 4096
 _MEGATRON_HEAD_BYTES = 34
 _NPY_MAGIC = b"\x93NUMPY"
 
@@ -38,17 +38,6 @@ class Layout:
     offset: int
     tokens: int
     bytes: int
-
-
-def storage_errors(fs: Any) -> tuple[type[Exception], ...]:
-    """What calls to a filesystem raise when the storage is to blame; S3's own errors are no OSError."""
-    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-    if "s3" not in protocols:
-        return (OSError,)
-    from aiohttp import ClientError as TransportError
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    return (OSError, BotoCoreError, ClientError, TransportError)
 
 
 def inspect(fs: Any, path: str, wanted: Format = "auto") -> Layout:
@@ -75,35 +64,33 @@ def inspect(fs: Any, path: str, wanted: Format = "auto") -> Layout:
     )
 
 
-def read_tokens(fs: Any, path: str, layout: Layout, start: int, count: int) -> Tokens:
+def read_tokens(
+    fs: Any, path: str, layout: Layout, start: int, count: int, timeout_s: float = CALL_TIMEOUT_S
+) -> Tokens:
     """Tokens [start, start + count) in the shard's own dtype.
 
     Raises:
-        DataError: the shard has become shorter, or cannot be read.
+        DataError: the shard is missing, or has become shorter.
+        DataUnreachableError: its storage gave no answer within `timeout_s`.
     """
     dtype = np.dtype(layout.dtype)
     begin = layout.offset + start * dtype.itemsize
     end = begin + count * dtype.itemsize
-    limit = {"timeout": CALL_S} if isinstance(fs, AsyncFileSystem) else {}  # s3fs alone waits for ever on silence
     try:
-        raw = fs.cat_file(path, start=begin, end=end, **limit)
+        raw = read_range(fs, path, begin, end, timeout_s)
     except FileNotFoundError as error:
-        raise _missing(path) from error
-    except storage_errors(fs) as error:
-        raise DataUnreachableError(f"{path}: {error}", "see whether the place is reachable", shard=path) from error
+        raise missing(path) from error
     if len(raw) != end - begin:
-        raise _truncated(path, f"bytes {begin} to {end}", f"{begin + len(raw)} bytes")
+        raise truncated(path, f"bytes {begin} to {end}", f"{begin + len(raw)} bytes")
     return np.frombuffer(raw, dtype=dtype)
 
 
 def _head(fs: Any, path: str) -> tuple[int, bytes]:
     try:
-        size = int(fs.size(path))
-        return size, bytes(fs.cat_file(path, start=0, end=min(size, 4096)))
+        size = size_of(fs, path)
+        return size, read_range(fs, path, 0, min(size, _HEAD_BYTES))
     except FileNotFoundError as error:
-        raise _missing(path) from error
-    except storage_errors(fs) as error:
-        raise DataUnreachableError(f"{path}: {error}", "see whether the place is reachable", shard=path) from error
+        raise missing(path) from error
 
 
 def _detect(fs: Any, path: str, head: bytes) -> str | None:
@@ -111,12 +98,12 @@ def _detect(fs: Any, path: str, head: bytes) -> str | None:
         return "npy"
     if len(head) >= 12 and struct.unpack_from("<i", head)[0] in _LLMC_MAGICS | {_LLMC_EVAL_MAGIC}:
         return "llmc"
-    return "megatron" if path.endswith(".bin") and fs.exists(_index_of(path)) else None
+    return "megatron" if path.endswith(".bin") and ask(fs, path, fs.exists, _index_of(path)) else None
 
 
 def _llmc(path: str, size: int, head: bytes) -> Layout:
     if len(head) < LLMC_HEADER_BYTES:
-        raise _truncated(path, f"a header of {LLMC_HEADER_BYTES} bytes", f"{size} bytes")
+        raise truncated(path, f"a header of {LLMC_HEADER_BYTES} bytes", f"{size} bytes")
     magic, version, tokens = struct.unpack_from("<iii", head)
     if magic == _LLMC_EVAL_MAGIC:
         raise DataError(f"{path}: an llm.c evaluation file, not training tokens", "remove it from the data", shard=path)
@@ -125,7 +112,7 @@ def _llmc(path: str, size: int, head: bytes) -> Layout:
         raise DataError(f"{path}: llm.c magic {magic} version {version} is not known", "prepare it again", shard=path)
     expected = LLMC_HEADER_BYTES + tokens * np.dtype(dtype).itemsize
     if size != expected:
-        raise _truncated(path, f"{expected} bytes for the {tokens} tokens of its header", f"{size} bytes")
+        raise truncated(path, f"{expected} bytes for the {tokens} tokens of its header", f"{size} bytes")
     return Layout("llmc", dtype, LLMC_HEADER_BYTES, tokens, size)
 
 
@@ -141,16 +128,16 @@ def _npy(path: str, size: int, head: bytes) -> Layout:
         raise DataError(f"{path}: a {dtype} array of shape {shape}", "token shards are flat integer arrays", shard=path)
     expected = stream.tell() + shape[0] * dtype.itemsize
     if size != expected:
-        raise _truncated(path, f"{expected} bytes for the {shape[0]} tokens of its header", f"{size} bytes")
+        raise truncated(path, f"{expected} bytes for the {shape[0]} tokens of its header", f"{size} bytes")
     return Layout("npy", dtype.str, stream.tell(), int(shape[0]), size)
 
 
 def _megatron(fs: Any, path: str, size: int) -> Layout:
     index = _index_of(path)
     try:
-        raw = bytes(fs.cat_file(index))
+        raw = read_range(fs, index, 0, size_of(fs, index))
     except FileNotFoundError as error:
-        raise _missing(index) from error
+        raise missing(index) from error
     if not raw.startswith(_MEGATRON_MAGIC) or len(raw) < _MEGATRON_HEAD_BYTES:
         raise DataError(f"{index}: not a Megatron index", "prepare it again", shard=path)
     version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, len(_MEGATRON_MAGIC))
@@ -160,7 +147,7 @@ def _megatron(fs: Any, path: str, size: int) -> Layout:
     if dtype is None:
         raise DataError(f"{index}: dtype code {code} holds no tokens", "prepare it with integer tokens", shard=path)
     if len(raw) < _MEGATRON_HEAD_BYTES + 12 * sequences + 8 * documents:
-        raise _truncated(index, f"{sequences} sequences and {documents} documents", f"{len(raw)} bytes")
+        raise truncated(index, f"{sequences} sequences and {documents} documents", f"{len(raw)} bytes")
     lengths = np.frombuffer(raw, dtype="<i4", count=sequences, offset=_MEGATRON_HEAD_BYTES).astype(np.int64)
     offsets = np.frombuffer(raw, dtype="<i8", count=sequences, offset=_MEGATRON_HEAD_BYTES + 4 * sequences)
     ends = np.cumsum(lengths) * np.dtype(dtype).itemsize
@@ -169,26 +156,16 @@ def _megatron(fs: Any, path: str, size: int) -> Layout:
     tokens = int(lengths.sum())
     expected = tokens * np.dtype(dtype).itemsize
     if size != expected:
-        raise _truncated(path, f"{expected} bytes for the {tokens} tokens of its index", f"{size} bytes")
+        raise truncated(path, f"{expected} bytes for the {tokens} tokens of its index", f"{size} bytes")
     return Layout("megatron", dtype, 0, tokens, size)
 
 
 def _raw(path: str, size: int, dtype: str, name: str) -> Layout:
     itemsize = np.dtype(dtype).itemsize
     if size % itemsize:
-        raise _truncated(path, f"a multiple of {itemsize} bytes", f"{size} bytes")
+        raise truncated(path, f"a multiple of {itemsize} bytes", f"{size} bytes")
     return Layout(name, dtype, 0, size // itemsize, size)
 
 
 def _index_of(path: str) -> str:
     return path.removesuffix(".bin") + ".idx"
-
-
-def _missing(path: str) -> DataError:
-    return DataError(f"{path}: is missing", "bring it back, or prepare the data again", shard=path)
-
-
-def _truncated(path: str, expected: str, found: str) -> DataError:
-    return DataError(
-        f"{path}: truncated or damaged, expected {expected}, found {found}", "bring it back whole", shard=path
-    )

@@ -15,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.contract.config import DataConfig
 from trainer.contract.secrets import SecretMissingError, with_secrets
-from trainer.data.errors import DataError, DataUnreachableError
-from trainer.data.formats import Layout, inspect, storage_errors
+from trainer.data.errors import DataError
+from trainer.data.formats import Layout, inspect
+from trainer.data.storage import ask
 
 MANIFEST_NAME = "manifest.json"
 UNFINISHED_NAME = ".prepare.json"  # lies beside the shards until they are all there
+_WHOLE_SHARD_S = 3600.0  # the longest that reading all of a shard may take
 _SUFFIXES = (".bin", ".npy", ".ds")
 
 
@@ -106,11 +108,9 @@ def load_manifest(place: Place, config: DataConfig) -> DataManifest:
         DataError: nothing is there, or what is there cannot be used.
     """
     try:
-        raw = place.fs.cat_file(place.path(MANIFEST_NAME))
+        raw = ask(place.fs, place.url, place.fs.cat_file, place.path(MANIFEST_NAME))
     except FileNotFoundError:
         return _derive(place, config)
-    except storage_errors(place.fs) as error:
-        raise DataUnreachableError(f"{place.url}: {error}", "see whether the place is reachable") from error
     try:
         return DataManifest.model_validate_json(raw)
     except ValidationError as error:
@@ -121,11 +121,10 @@ def load_manifest(place: Place, config: DataConfig) -> DataManifest:
 
 def _derive(place: Place, config: DataConfig) -> DataManifest:
     try:
-        names = sorted(path.rsplit("/", 1)[-1] for path in place.fs.ls(place.root, detail=False))
+        paths = ask(place.fs, place.url, place.fs.ls, place.root, detail=False)
     except FileNotFoundError as error:
         raise DataError(f"{place.url}: no such directory", "prepare data into it, or correct the URL") from error
-    except storage_errors(place.fs) as error:
-        raise DataUnreachableError(f"{place.url}: {error}", "see whether the place is reachable") from error
+    names = sorted(path.rsplit("/", 1)[-1] for path in paths)
     if UNFINISHED_NAME in names:
         raise DataError(f"{place.url}: its preparation is not finished", "run the same `data prepare` again")
     names = [name for name in names if name.endswith(_SUFFIXES)]
@@ -174,8 +173,12 @@ def _shard_problem(place: Place, shard: Shard, deep: bool) -> DataError | None:
         if layout.tokens != shard.tokens or layout.bytes != shard.bytes:
             fact = f"{path}: has {layout.tokens} tokens, the manifest says {shard.tokens}"
             return DataError(fact, "bring back the shard that was prepared, or prepare again", shard=shard.name)
-        if deep and shard.crc32c is not None and f"{crc32c(place.fs.cat_file(path)):08x}" != shard.crc32c:
+        if deep and shard.crc32c is not None and shard.crc32c != _whole_crc32c(place, path):
             return DataError(f"{path}: its checksum is not the manifest's", "bring it back whole", shard=shard.name)
     except DataError as error:
         return error
     return None
+
+
+def _whole_crc32c(place: Place, path: str) -> str:
+    return f"{crc32c(ask(place.fs, path, place.fs.cat_file, path, timeout_s=_WHOLE_SHARD_S)):08x}"

@@ -11,8 +11,9 @@ from fsspec.implementations.local import LocalFileSystem
 from google_crc32c import value as crc32c
 
 from trainer.data.errors import PrepareError
-from trainer.data.formats import LLMC_HEADER_BYTES, storage_errors
+from trainer.data.formats import LLMC_HEADER_BYTES
 from trainer.data.manifest import Shard
+from trainer.data.storage import storage_errors
 from trainer.data.tokenize import Ids
 
 _MAGIC = {"<u2": (20240520, 1), "<u4": (20240801, 7)}

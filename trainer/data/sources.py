@@ -17,7 +17,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from trainer.data.errors import PrepareError
-from trainer.data.formats import storage_errors
+from trainer.data.storage import storage_errors
 
 PIECE_BYTES = 1 << 20
 DEFAULT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")

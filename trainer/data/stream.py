@@ -6,6 +6,7 @@ torchdata's StatefulDataLoader is the loader around our own stateful sampler; th
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from trainer.data.errors import DataError, ExhaustedError
 from trainer.data.loader import batches_of
 from trainer.data.manifest import Place, load_manifest
 from trainer.data.order import I64, Order
+from trainer.data.patience import Patience
 from trainer.data.reading import BlockCache, Shelf, TokenBatch
 from trainer.data.timeline import Spots
 
@@ -44,6 +46,8 @@ class DataStream:
         quarantines: shards that are not read from a position on.
         position: where to begin.
         planned_samples: raw position from which deferred samples are read; None: there are none.
+        cache_dir: where blocks of remote shards are kept on local disk; None: nowhere.
+        patience: with outages of the storage; None: as configured.
 
     Raises:
         DataError: the data is not there, not whole, or not what the plan's segments were made for.
@@ -60,6 +64,8 @@ class DataStream:
         quarantines: tuple[Quarantine, ...] = (),
         position: int = 0,
         planned_samples: int | None = None,
+        cache_dir: Path | None = None,
+        patience: Patience | None = None,
     ) -> None:
         book = book if book is not None else bring_up(config, None)
         self.segments = segments_of(segments, book, config, sample_tokens)
@@ -67,7 +73,7 @@ class DataStream:
         shelf = _shelf(book, config, sample_tokens)
         self.shard_samples = shelf.samples
         self._timeline = timeline_of(self.segments, book, config)
-        self._blocks = BlockCache(shelf, config)
+        self._blocks = BlockCache(shelf, config, cache_dir=cache_dir, patience=patience)
         self._cursor = Cursor(self._timeline.shards_of, position, planned_samples, self._timeline.shards_from)
         self._cursor.apply(skips, quarantines)
         self._wanted = 0
@@ -118,7 +124,15 @@ class DataStream:
             self._blocks.read_ahead(self._timeline.spots(upcoming.sources))
 
 
-def validation_batches(config: DataConfig, sample_tokens: int, sequences: int, batch: int) -> Iterator[TokenBatch]:
+def validation_batches(
+    config: DataConfig,
+    sample_tokens: int,
+    sequences: int,
+    batch: int,
+    *,
+    cache_dir: Path | None = None,
+    patience: Patience | None = None,
+) -> Iterator[TokenBatch]:
     """The held-out samples, the same every time: evenly spread over the validation shards, (up to batch, T + 1) each.
 
     Raises:
@@ -127,7 +141,8 @@ def validation_batches(config: DataConfig, sample_tokens: int, sequences: int, b
     if config.validation is None:
         raise DataError("no validation data is configured", "set data.validation")
     place = Place.of(config.validation, config.storage_options)
-    manifest = load_manifest(place, config)
+    patience = patience or Patience(config.timeout_s)
+    manifest = patience.outlast(lambda _: load_manifest(place, config))
     names = [shard.name for shard in manifest.shards]
     shelf = Shelf([place] * len(names), manifest.shards, names, manifest.vocab_size, sample_tokens)
     order = Order(shelf.samples, config.seed, config.block_samples, config.window_blocks)
@@ -137,7 +152,7 @@ def validation_batches(config: DataConfig, sample_tokens: int, sequences: int, b
     samples = np.unique(np.linspace(0, order.total - 1, min(sequences, order.total)).round().astype(np.int64))
     shards, numbers = order.shards_of(samples)
     spots = Spots(shards, numbers, *order.block_extents(samples, shards), np.zeros_like(shards))
-    cache = BlockCache(shelf, config)
+    cache = BlockCache(shelf, config, cache_dir=cache_dir, patience=patience)
     try:
         for begin in range(0, len(samples), batch):
             yield cache.rows(spots.part(slice(begin, begin + batch)))
