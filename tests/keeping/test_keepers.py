@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,3 +226,47 @@ def test_a_store_that_is_away_gets_the_newest_first(tmp_path: Path) -> None:
         assert commit_id(6, 1, 1) == newest
     finally:
         bench.close()
+
+
+def test_a_description_that_is_not_understood_is_no_obstacle(bench: Bench) -> None:
+    """Of another version of the program, say: it is given up, and the next snapshot is saved."""
+    first = bench.snapshot(1)
+    bench.until(lambda: first in commits_present(bench.store), "the first")
+    opened = arena.Arena(bench.paths.arena, 100, 100)
+    index = opened.free_slot()
+    assert index is not None
+    opened.complete(index, opened.begin(index), 10, b'{"of": "another version"}')
+    opened.close()
+    bench.until(lambda: not arena.has_pending(bench.paths.arena), "the slot to be given back")
+    second = bench.snapshot(2)
+    bench.until(lambda: second in commits_present(bench.store), "the next one")
+
+
+def test_a_disk_that_takes_no_marks(tmp_path: Path) -> None:
+    """What is in the store and cannot be marked so leaves the local disk; it is told once, and nothing repeats."""
+    bench = Bench(tmp_path)
+    bench.tier.root.mkdir()
+    for name in ("uploaded", "uploading"):
+        (bench.tier.root / name).write_text("a file where the directory should be")
+    bench.keepers.start()
+    try:
+        commit = bench.snapshot(1)
+        bench.until(lambda: bench.records("uploader") != [], "the upload to be told")
+        bench.until(lambda: bench.tier.inventory().waiting == (), "the local copy to go")
+        assert commit in commits_present(bench.store)
+        assert [row["kind"] for row in bench.records("uploader")] == ["commit"]
+    finally:
+        bench.close()
+
+
+def test_a_machine_that_starts_no_process(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper that cannot be started again is tried again later, and the supervisor goes on meanwhile."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/nowhere/python")
+        os.kill(bench.pid("writer"), signal.SIGKILL)
+        bench.until(lambda: bench.keepers.pid("writer") is None, "its death")
+        due_s = bench.keepers.due_s()
+        bench.until(lambda: bench.keepers.due_s() not in (due_s, None), "a try that fails")
+        assert bench.keepers.pid("writer") is None
+    commit = bench.snapshot(1)
+    bench.until(lambda: commit in commits_present(bench.store), "the commit")
