@@ -322,7 +322,7 @@ class Supervisor:
     def _leave(self) -> int:
         """Let snapshots, store calls and evidence come to their end, keep the state, and say how the run ended."""
         assert self._effects.end is not None
-        self._keepers.stop(self._setup.config.store.timeout_s)
+        self._keepers.stop(self._setup.config.deadlines.grace_s)
         self._process(self._records(everything=True))
         deadline_s = time.monotonic() + self._setup.config.store.timeout_s
         while self._unfinished() and time.monotonic() < deadline_s:

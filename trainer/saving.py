@@ -60,6 +60,10 @@ class SaveSchedule:
         self._next = step + chosen.steps
         return chosen
 
+    def refused(self, step: int) -> None:
+        """One could not be taken; not to be asked for again at every step."""
+        self._next = step + _UNTIL_MEASURED
+
 
 class Saver:
     """Saves states of one attempt."""
@@ -112,6 +116,7 @@ class Saver:
                 health=health,
             )
         except SnapshotRefusedError as refusal:
+            self._schedule.refused(step)
             self.refuse(step, refusal.why)
             return
         self._under_way.add(step)

@@ -70,7 +70,7 @@ class Keepers:
                 _LOG.error("keeper_silent", role=keeper.role, pid=keeper.process.pid)
                 keeper.process.kill()
             elif keeper.again_s is not None and now_s >= keeper.again_s:
-                self._spawn(keeper)
+                self._try_spawn(keeper, now_s)
         return died
 
     def due_s(self) -> float | None:
@@ -130,14 +130,25 @@ class Keepers:
             os.close(output)
             os.close(lock)
 
+    def _try_spawn(self, keeper: _Keeper, now_s: float) -> None:
+        """A machine that cannot start a process now may later; a run is not ended for that."""
+        try:
+            self._spawn(keeper)
+        except (OSError, ChildLockHeldError) as error:
+            _LOG.error("keeper_not_started", role=keeper.role, why=str(error), again_in_s=keeper.backoff_s)
+            self._again(keeper, now_s)
+
+    def _again(self, keeper: _Keeper, now_s: float) -> None:
+        keeper.again_s = now_s + keeper.backoff_s
+        keeper.backoff_s = min(_BACKOFF_MOST_S, 2 * keeper.backoff_s)
+
     def _died(self, keeper: _Keeper, now_s: float) -> None:
         assert keeper.process is not None
         _LOG.warning("keeper_died", role=keeper.role, code=keeper.process.returncode, again_in_s=keeper.backoff_s)
         keeper.process = None
         if now_s - keeper.started_s > _HEALTHY_S:
             keeper.backoff_s = _BACKOFF_FIRST_S
-        keeper.again_s = now_s + keeper.backoff_s
-        keeper.backoff_s = min(_BACKOFF_MOST_S, 2 * keeper.backoff_s)
+        self._again(keeper, now_s)
 
     def _is_silent(self, keeper: _Keeper, now_s: float) -> bool:
         page = read_liveness(self.paths.keeper_liveness(keeper.role))

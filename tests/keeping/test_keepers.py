@@ -1,10 +1,13 @@
 """Writer and uploader as processes: killed, full disks, silent stores. Supervised as the supervisor does it."""
 
+import errno
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,18 @@ import pytest
 import torch
 
 from orchestrator.process.keepers import Keepers
-from tests.trainer.saving import full_state, trained
+from tests.trainer.saving import Saving, full_state, trained
 from trainer.checkpoint import Author, Snapshotter, load_checkpoint
 from trainer.contract import arena
-from trainer.contract.config import RunConfig
+from trainer.contract.backends import LocalBackend
+from trainer.contract.config import RunConfig, StoreConfig
 from trainer.contract.fence import commits_present
 from trainer.contract.manifest import commit_id
 from trainer.contract.paths import KEEPER_ROLES, KeeperRole, RunPaths
 from trainer.contract.store import open_store
-from trainer.keeping.tier import LocalTier
+from trainer.keeping.tier import Inventory, LocalTier
+from trainer.keeping.uploader import Uploader
+from trainer.reporter import Reporter
 
 _DEADLINE_S = 60.0
 
@@ -225,3 +231,66 @@ def test_a_store_that_is_away_gets_the_newest_first(tmp_path: Path) -> None:
         assert commit_id(6, 1, 1) == newest
     finally:
         bench.close()
+
+
+def test_a_description_that_is_not_understood_is_no_obstacle(bench: Bench) -> None:
+    """Of another version of the program, say: it is given up, and the next snapshot is saved."""
+    first = bench.snapshot(1)
+    bench.until(lambda: first in commits_present(bench.store), "the first")
+    opened = arena.Arena(bench.paths.arena, 100, 100)
+    index = opened.free_slot()
+    assert index is not None
+    opened.complete(index, opened.begin(index), 10, b'{"of": "another version"}')
+    opened.close()
+    bench.until(lambda: not arena.has_pending(bench.paths.arena), "the slot to be given back")
+    second = bench.snapshot(2)
+    bench.until(lambda: second in commits_present(bench.store), "the next one")
+
+
+class _Full(LocalBackend):
+    """A disk on which nothing can be created any more, and things can be removed."""
+
+    def create(self, key: str, data: bytes, timeout_s: float) -> None:
+        """No space."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class _NoFaults:
+    """Nothing goes wrong on purpose."""
+
+    def before_upload(self, attempt: int, step: int) -> None:
+        """Nothing."""
+
+    def after_upload(self, attempt: int, step: int, commit: str) -> None:
+        """Nothing."""
+
+
+def test_a_disk_that_takes_no_marks(tmp_path: Path) -> None:
+    """The upload that will make room is done all the same; what is in the store and can't be marked so goes."""
+    store = open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    paths = RunPaths(tmp_path / "run")
+    paths.create()
+    with Saving(store, paths.root) as saving, closing(Reporter.of_keeper(paths, "uploader")) as reporter:
+        commit = saving.snapshot(_state(1))
+        saving.persist()
+        uploader = Uploader(paths, store, reporter, lambda: None, _NoFaults(), keep=2, clock=time.monotonic)
+        uploader._tier.store.backend = _Full(paths.local_tier)
+        assert uploader.turn()
+        assert not uploader.turn()
+    assert commits_present(store) == (commit,)
+    assert saving.tier.inventory() == Inventory((), (), None)
+    rows = [json.loads(line) for line in paths.keeper_records("uploader").read_text().splitlines()]
+    assert [(row["kind"], row["commit"]) for row in rows] == [("commit", commit)]
+
+
+def test_a_machine_that_starts_no_process(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper that cannot be started again is tried again later, and the supervisor goes on meanwhile."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/nowhere/python")
+        os.kill(bench.pid("writer"), signal.SIGKILL)
+        bench.until(lambda: bench.keepers.pid("writer") is None, "its death")
+        due_s = bench.keepers.due_s()
+        bench.until(lambda: bench.keepers.due_s() not in (due_s, None), "a try that fails")
+        assert bench.keepers.pid("writer") is None
+    commit = bench.snapshot(1)
+    bench.until(lambda: commit in commits_present(bench.store), "the commit")

@@ -15,6 +15,7 @@ import safetensors
 import safetensors.torch
 import structlog
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from trainer.checkpointing.errors import CheckpointError
@@ -119,8 +120,7 @@ class ArenaTier:
             raise self._missing(commit) from error
         with reader:
             for slot in reader.slots():
-                raw = reader.description(slot) if slot.complete else None
-                said = SnapshotDescription.model_validate_json(raw) if raw else None
+                said = _described(reader, slot)
                 if said is not None and commit_id(said.step, said.epoch, said.attempt) == commit:
                     yield reader, slot, said
                     return
@@ -128,6 +128,14 @@ class ArenaTier:
 
     def _missing(self, commit: str) -> ObjectMissing:
         return ObjectMissing(str(self._path), "holds no snapshot of that name", manifest_key(commit))
+
+
+def _described(reader: ArenaReader, slot: Slot) -> SnapshotDescription | None:
+    """What a slot holds; None if that is nothing, or of another version of this program."""
+    raw = reader.description(slot) if slot.complete else None
+    with suppress(ValidationError):
+        return SnapshotDescription.model_validate_json(raw) if raw else None
+    return None
 
 
 def load_checkpoint(store: Store, commit: str, nearer: Sequence[Tier] = ()) -> Loaded:

@@ -1,6 +1,7 @@
 """The uploader: sends checkpoints from the local disk to the store, in order as long as the store keeps up."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import structlog
@@ -62,7 +63,8 @@ class Uploader:
             self._give_up(other, "passed over: the store is slower than the interval, so it gets fewer checkpoints")
         if commit is None:
             return False
-        self._tier.begin_upload(commit)
+        with suppress(StoreError):  # a full disk takes no mark; the upload is what will make room
+            self._tier.begin_upload(commit)
         try:
             self._send(commit)
         finally:
@@ -96,7 +98,11 @@ class Uploader:
 
     def _sent(self, sealed: Sealed, seconds: float) -> None:
         manifest = sealed.manifest
-        self._tier.mark_uploaded(manifest.commit)
+        try:
+            self._tier.mark_uploaded(manifest.commit)
+        except StoreError as error:
+            log.warning("local_copy_dropped", commit=manifest.commit, why=str(error))
+            self._tier.forget(manifest.commit)
         self._wait_s, self._told, self._newest_failed = _RETRY_FIRST_S, None, None
         log.info("uploaded", commit=manifest.commit, seconds=seconds)
         self._reporter.emit(
@@ -120,7 +126,7 @@ class Uploader:
         if self._told != commit:
             self._told = commit
             self._failed(commit, str(error))
-        self._newest_failed = self._tier.inventory().waiting[-1]
+        self._newest_failed = next(iter(self._tier.inventory().waiting[::-1]), commit)
         self._not_before_s = self._clock() + self._wait_s
         self._wait_s = min(_RETRY_MOST_S, 2 * self._wait_s)
 

@@ -54,7 +54,7 @@ class Writer:
         begun_s = self._clock()
         try:
             said = describe(arena, slot)
-        except SlotLostError as error:
+        except (SlotLostError, ValueError) as error:  # damaged, or of another version of this program
             log.error("snapshot_lost", slot=slot.index, number=slot.number, why=str(error))
             arena.release(slot)
             return
@@ -72,7 +72,7 @@ class Writer:
             log.warning("no_room_for_the_next_checkpoint", bytes=slot.payload_bytes)
 
     def _persist(self, arena: ArenaReader, slot: Slot, said: SnapshotDescription) -> Sealed:
-        """On a full disk older checkpoints make room, as long as there are any that can be spared."""
+        """On a full disk older checkpoints make room; the newest that the store does not have is never given up."""
         while True:
             try:
                 return persist(arena, slot, said, self._tier, self._beat)
@@ -86,7 +86,7 @@ class Writer:
         if inventory.uploaded:
             self._tier.forget(inventory.uploaded[0])
             return True
-        spared = [commit for commit in inventory.waiting if commit != inventory.uploading]
+        spared = [commit for commit in inventory.waiting[:-1] if commit != inventory.uploading]
         if not spared:
             return False
         self._pass_over(spared[0], "the local disk is full")
