@@ -131,8 +131,6 @@ class Loop:
             self._save()
             if not self._saver.flush(0, self._config.deadlines.save):
                 raise SaveFailedError(0, self._saver.last_error)
-        elif self._replay is None:
-            self._saver.reserve(self._collect())
         self._obey()
         self._enter(Phase.WARM_UP)
         self._clock_s = time.monotonic()
@@ -245,6 +243,8 @@ class Loop:
         """Whatever is due between two steps."""
         config = self._config
         if self._replay is None:
+            if self._steps_run == 1:  # the optimizer has all of its state from the first update on
+                self._saver.reserve(self._collect())
             last = self.step == config.steps
             if self._save_due is None and self._saver.due(self.step):
                 self._save_due = self.step

@@ -1,5 +1,6 @@
 """The arena: whoever dies, a slot is complete or visibly not, and nothing that waits for the disk is overwritten."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,31 @@ def test_an_arena_that_is_too_small(path: Path) -> None:
     larger = Arena(path, 5000, 100)
     assert larger.fits(5000, 100)
     larger.close()
+
+
+def test_too_little_shared_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run directory's disk serves instead, found out before or while the space is taken."""
+    monkeypatch.setattr(arena, "_MARGIN_BYTES", 1 << 60)
+    Arena(path, 100, 100).close()
+    assert path.is_file()
+    assert not path.is_symlink()
+    monkeypatch.setattr(arena, "_MARGIN_BYTES", 0)
+    arena.remove(path)
+    allocate, calls = os.posix_fallocate, []
+
+    def full_at_first(descriptor: int, offset: int, length: int) -> None:
+        calls.append(length)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(descriptor, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_at_first)
+    made = Arena(path, 100, 100)
+    assert len(calls) == 2
+    assert not path.is_symlink()
+    _fill(made, b"on disk")
+    made.close()
+    assert len(_pending(path)) == 1
 
 
 def test_no_arena_and_no_arena_of_ours(path: Path) -> None:

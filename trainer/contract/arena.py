@@ -250,10 +250,26 @@ def _open_fitting(path: Path, wanted: _Geometry) -> int | None:
 
 
 def _create(path: Path, wanted: _Geometry) -> int:
-    """A new file, all of its space taken at once, and the link to it; an old one goes."""
+    """A new file, all of its space taken at once, and the link to it; an old one goes.
+
+    In shared memory, or in the run directory where that is too small (containers often have 64 MB).
+    """
     remove(path)
-    target = _place(path, wanted.file_bytes)
-    target.unlink(missing_ok=True)  # of a run directory that was removed by hand
+    if _has_room(wanted.file_bytes):
+        target = _target(path.parent)
+        try:
+            descriptor = _allocate(target, wanted)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        else:
+            path.symlink_to(target)
+            return descriptor
+    return _allocate(path, wanted)
+
+
+def _allocate(target: Path, wanted: _Geometry) -> int:
+    target.unlink(missing_ok=True)  # of a run directory whose link was removed by hand
     descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, wanted.file_bytes)
@@ -262,23 +278,21 @@ def _create(path: Path, wanted: _Geometry) -> int:
         os.close(descriptor)
         target.unlink()
         raise
-    if target != path:
-        path.symlink_to(target)
     return descriptor
 
 
-def _place(path: Path, num_bytes: int) -> Path:
-    """In shared memory, or in the run directory where that is too small (containers often have 64 MB)."""
-    try:
-        room = os.statvfs(_SHARED_MEMORY)
-    except OSError as error:
-        if error.errno != errno.ENOENT:
-            raise
-        return path
-    if room.f_bavail * room.f_frsize < num_bytes + _MARGIN_BYTES:
-        return path
-    digest = hashlib.sha256(os.fsencode(path.parent.resolve())).hexdigest()[:16]
-    return _SHARED_MEMORY / f"longwatch-{os.getuid()}-{digest}"
+def _has_room(num_bytes: int) -> bool:
+    if not _SHARED_MEMORY.is_dir():
+        return False
+    room = os.statvfs(_SHARED_MEMORY)
+    return room.f_bavail * room.f_frsize >= num_bytes + _MARGIN_BYTES
+
+
+def _target(run_dir: Path) -> Path:
+    """One name for one run directory; containers that share the memory may have others at the same path."""
+    found = run_dir.stat()
+    identity = f"{run_dir.resolve()}:{found.st_dev}:{found.st_ino}"
+    return _SHARED_MEMORY / f"longwatch-{os.getuid()}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}"
 
 
 def _rounded(num_bytes: int) -> int:
