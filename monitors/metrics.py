@@ -36,8 +36,9 @@ PREFIX = "longwatch_"
 RUN_STATES = ("starting", "running", "recovering", "stopped", "halted", "finished", "failed")
 #: The supervisor's vocabularies; a test holds them equal to its tables.
 EXIT_CAUSES = (
-    "hang", "finished", "preempted", "left", "replay_done", "orphaned", "config", "data", "checkpoint", "disk_full",
-    "store", "cuda_oom", "host_oom", "nccl", "gpu", "native_crash", "killed", "user_error", "error", "unknown",
+    "hang", "finished", "preempted", "left", "replay_done", "orphaned", "config", "data", "data_unreachable",
+    "checkpoint", "disk_full", "store", "cuda_oom", "host_oom", "nccl", "gpu", "native_crash", "killed", "user_error",
+    "error", "unknown",
 )  # fmt: skip
 DECISION_KINDS = (
     "start_attempt", "stop_attempt", "send_command", "write_verdict", "prune_checkpoints", "notify",

@@ -9,7 +9,7 @@ from orchestrator.policy.budgets import allow_restart, backoff_s
 from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import CaptureEvidence, EndRun, StartAttempt
 from orchestrator.policy.events import AttemptExited
-from orchestrator.policy.model import Actions
+from orchestrator.policy.model import Actions, Backoff
 from orchestrator.policy.rules import matching
 from orchestrator.policy.state import EngineState, Incident, Recovery
 from orchestrator.recovery.target import process_candidates
@@ -18,6 +18,8 @@ from trainer.contract.plan import ReplaySpec, ResumePlan, Segment
 _IDLE_MOST_S = 300.0
 _ASSUMED_S = 86_400.0
 _GRACEFUL = ("preempted", "orphaned", "left")
+#: What passes by waiting and says nothing about the state: no older one is tried for it, only the budget ends it.
+_OUTAGES = ("data_unreachable",)
 
 
 def start(ctx: Context, recovery: Recovery, wait_s: float = 0.0) -> None:
@@ -181,16 +183,24 @@ def _answer(ctx: Context, event: AttemptExited) -> None:
         incident.state, incident.outcome, incident.end_step = "closed", "halted", state.step
         _end(ctx, "halted", 3, why)
         return
-    free = cls is IncidentClass.PREEMPTION
-    if not free:
-        state.attempts_without_progress += 1
-        if not _may_restart(ctx, incident):
-            return
-    wait_s = 0.0 if free or rule is None else backoff_s(rule.backoff, state.attempts_without_progress, _fraction(ctx))
-    if free:  # as often as it likes, but not in a circle
+    wait_s = _wait_s(ctx, incident, event.cause, rule.backoff if rule else None)
+    if wait_s is not None:
+        restart(ctx, incident, wait_s, skip_newest=actions.widen_rollback is not None)
+
+
+def _wait_s(ctx: Context, incident: Incident, cause: str, backoff: Backoff | None) -> float | None:
+    """How long to wait before the next attempt; None if there is none, and the run has ended."""
+    state = ctx.state
+    if incident.cls is IncidentClass.PREEMPTION:  # as often as it likes, but not in a circle
         state.idle_departures = 0 if state.stepped else state.idle_departures + 1
-        wait_s = min(_IDLE_MOST_S, 2.0**state.idle_departures - 1.0)
-    restart(ctx, incident, wait_s, skip_newest=actions.widen_rollback is not None)
+        return min(_IDLE_MOST_S, 2.0**state.idle_departures - 1.0)
+    if cause in _OUTAGES:
+        failures = state.outages = 1 if state.stepped else state.outages + 1
+    else:
+        failures = state.attempts_without_progress = state.attempts_without_progress + 1
+        if not _may_try_again(ctx, incident):
+            return None
+    return backoff_s(backoff, failures, _fraction(ctx)) if _has_budget(ctx, incident) else None
 
 
 def restart(ctx: Context, incident: Incident, wait_s: float = 0.0, *, skip_newest: bool = False) -> None:
@@ -216,7 +226,7 @@ def go_on(ctx: Context, recovery: Recovery, widenings: int = 0, wait_s: float = 
     start(ctx, recovery, wait_s)
 
 
-def _may_restart(ctx: Context, incident: Incident) -> bool:
+def _may_try_again(ctx: Context, incident: Incident) -> bool:
     state, rule = ctx.state, ctx.policy.on_no_progress
     failed = state.attempts_without_progress
     if failed and failed % rule.attempts == 0:
@@ -228,6 +238,11 @@ def _may_restart(ctx: Context, incident: Incident) -> bool:
             ctx.notify("page", "no progress", reason, incident.id)
             _end(ctx, "halted", 3, reason)
             return False
+    return True
+
+
+def _has_budget(ctx: Context, incident: Incident) -> bool:
+    state = ctx.state
     if not allow_restart(ctx):
         incident.state, incident.outcome, incident.end_step = "closed", "halted", state.step
         budget = ctx.policy.budgets.process
@@ -241,7 +256,9 @@ def _may_restart(ctx: Context, incident: Incident) -> bool:
 def _class_of(cause: str) -> IncidentClass:
     if cause in _GRACEFUL:
         return IncidentClass.PREEMPTION
-    return {"hang": IncidentClass.HANG, "data": IncidentClass.DATA_ERROR}.get(cause, IncidentClass.CRASH)
+    if cause in ("data", "data_unreachable"):
+        return IncidentClass.DATA_ERROR
+    return IncidentClass.HANG if cause == "hang" else IncidentClass.CRASH
 
 
 def _fraction(ctx: Context) -> float:

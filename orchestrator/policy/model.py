@@ -106,11 +106,12 @@ _Item = Annotated[
 ]
 
 
-CrashCause = Literal[
+CauseOfDeath = Literal[
     "killed", "host_oom", "cuda_oom", "gpu", "nccl", "native_crash", "disk_full", "store", "checkpoint", "config",
-    "user_error", "error", "unknown",
+    "user_error", "error", "unknown", "data", "data_unreachable",
 ]  # fmt: skip
-"""Causes of an ended attempt that make it a crash; the table is in orchestrator/process/causes.py."""
+"""Causes of an ended attempt that make it a crash, the last two a data error; the table is in
+orchestrator/process/causes.py."""
 
 #: The attempt is dead when these are answered, so there is nothing to evaluate, cut or skip.
 _OF_THE_PROCESS = frozenset(
@@ -123,7 +124,9 @@ _FOR_THE_DEAD = frozenset({"record", "notify", "capture", *_WHAT_FOLLOWS})
 class When(Section):
     """Further conditions of a rule; all given ones must hold."""
 
-    cause: CrashCause | tuple[CrashCause, ...] | None = Field(default=None, description="of a crash")
+    cause: CauseOfDeath | tuple[CauseOfDeath, ...] | None = Field(
+        default=None, description="of a crash or a data error"
+    )
     phase: Phase | tuple[Phase, ...] | None = Field(default=None, description="of a hang")
     validation_confirms: bool | None = Field(default=None, description="an evaluation on the spot shows it too")
     verdict: Literal["hardware", "data", "data_and_state", "state", "inconclusive"] | None = Field(
@@ -175,8 +178,8 @@ class Rule(Section):
 
     def _check_process_rule(self) -> None:
         classes = frozenset(self.classes())
-        if self.when.cause is not None and classes != {IncidentClass.CRASH}:
-            raise ValueError("`cause` is a condition of crash alone")
+        if self.when.cause is not None and classes not in ({IncidentClass.CRASH}, {IncidentClass.DATA_ERROR}):
+            raise ValueError("`cause` is a condition of crash or data_error alone")
         if self.when.phase is not None and classes != {IncidentClass.HANG}:
             raise ValueError("`phase` is a condition of hang alone")
         if not classes & _OF_THE_PROCESS:

@@ -200,6 +200,7 @@ class EngineState(_Mutable):
     next_command: int = 1
     attempts_without_progress: int = 0
     idle_departures: int = Field(default=0, description="attempts in a row that left by themselves without one step")
+    outages: int = Field(default=0, description="attempts in a row that ended because the data was away")
     restarts_at_s: list[float] = Field(default_factory=list)
     rollbacks_used: int = 0
     rollback_onset_step: int = 0

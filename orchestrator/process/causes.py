@@ -134,6 +134,7 @@ TABLE: tuple[Row, ...] = (
     Row("orphaned", _coded(ExitCode.ORPHANED), "exit 79: no supervisor for deadlines.orphan_s"),
     Row("config", _coded(ExitCode.CONFIG), "exit 2, also argparse's"),
     Row("data", _coded(ExitCode.DATA), "exit 65, EX_DATAERR"),
+    Row("data_unreachable", _coded(ExitCode.DATA_UNREACHABLE), "exit 68, EX_NOHOST"),
     Row("checkpoint", _coded(ExitCode.CHECKPOINT), "exit 66: no candidate verified"),
     Row("disk_full", lambda e: e.code == ExitCode.DISK_FULL or e.says(_DISK), "exit 74, ENOSPC or EDQUOT"),
     Row("store", _coded(ExitCode.STORE), "exit 69, EX_UNAVAILABLE"),

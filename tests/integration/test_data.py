@@ -1,7 +1,9 @@
 """Data that changes while a run goes on, and data that runs out, on real processes."""
 
 import json
-from contextlib import closing
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,39 +105,97 @@ def test_a_checkpoint_of_another_order_is_refused_and_not_condemned(tmp_path: Pa
     assert "the checkpoint itself is sound" in error["message"]
 
 
-def test_data_that_is_away_for_a_while_is_no_incident(tmp_path: Path, corpus: Path) -> None:
-    """The server of the shards goes away under a running training and comes back: training waits, that is all."""
-    (port,) = s3.free_ports(1)
+@contextmanager
+def _server(port: int) -> Iterator[None]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+def _run_on_s3(root: Path, corpus: Path, port: int, steps: int, **data: Any) -> Run:
+    """A run whose training data lies on the server of this port."""
     endpoint = f"http://127.0.0.1:{port}"
-    with closing(s3.client(endpoint)) as client:
-        client.create_bucket(Bucket="data")
-        for shard in sorted(corpus.iterdir()):
-            client.upload_file(str(shard), "data", f"corpus/{shard.name}")
-    config = tiny_config(corpus, steps=300)
+    config = tiny_config(corpus, steps=steps)
     config["data"] |= {
         "train": "s3://data/corpus",
+        "read_ahead_blocks": 1,
+        "cache_bytes": 0,
         "storage_options": {
             "endpoint_url": endpoint,
             "key": {"env": s3.KEY_ENV},
             "secret": {"env": s3.SECRET_ENV},
             "config_kwargs": {"retries": {"total_max_attempts": 1}},
         },
+        **data,
     }
-    secrets = {s3.KEY_ENV: s3.ACCESS_KEY, s3.SECRET_ENV: s3.SECRET_KEY}
-    run = Run(tmp_path, config, environment=secrets)
-    process = run.start()
-    try:
+    return Run(root, config, environment={s3.KEY_ENV: s3.ACCESS_KEY, s3.SECRET_ENV: s3.SECRET_KEY})
+
+
+def _upload(corpus: Path, port: int) -> None:
+    """moto keeps it for as long as this process lives, whatever happens to its server."""
+    with closing(s3.client(f"http://127.0.0.1:{port}")) as client:
+        client.create_bucket(Bucket="data")
+        for shard in sorted(corpus.iterdir()):
+            client.upload_file(str(shard), "data", f"corpus/{shard.name}")
+
+
+def test_data_that_is_away_for_a_while_is_no_incident(tmp_path: Path, corpus: Path) -> None:
+    """The server of the shards goes away under a running training and comes back: training waits, that is all."""
+    (port,) = s3.free_ports(1)
+    run = _run_on_s3(tmp_path, corpus, port, 300)
+    with _server(port):
+        _upload(corpus, port)
+        process = run.start()
         wait_until(lambda: len(run.records(1, "step")) > 20, "training")
-        server.stop()
+    try:
         wait_until(lambda: "data_unreachable" in run.paths.log(1).read_text(), "the outage to be noticed")
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-        server.start()
-        run.wait(process)
+        with _server(port):
+            run.wait(process)
     finally:
-        server.stop()
         run.kill_everything(process)
     assert len(run.attempts()) == 1
     assert not [incident for incident in run.incidents() if incident["class"] in ("data_error", "crash", "hang")]
     assert sorted(run.surviving_steps()) == list(range(1, 301))
+
+
+def test_data_that_is_away_for_longer_costs_a_restart_and_no_step(tmp_path: Path, corpus: Path) -> None:
+    """The attempt saves what it has and leaves; the next one waits in its turn, and goes on where it was."""
+    (port,) = s3.free_ports(1)
+    run = _run_on_s3(tmp_path, corpus, port, 200, timeout_s=1)
+    with _server(port):
+        _upload(corpus, port)
+        process = run.start()
+        wait_until(lambda: len(run.records(1, "step")) > 20, "training")
+    try:
+        wait_until(lambda: len(run.attempts()) > 1, "the restart")
+        with _server(port):
+            run.wait(process)
+    finally:
+        run.kill_everything(process)
+    causes = [attempt["cause"] for attempt in run.attempts()]
+    assert causes[-1] == "finished"
+    assert set(causes[:-1]) == {"data_unreachable"}
+    assert {incident["class"] for incident in run.incidents()} >= {"data_error"}
+    steps = [row["step"] for number in range(1, len(causes) + 1) for row in run.records(number, "step")]
+    assert steps == list(range(1, 201)), "a step was lost, or done twice"
+
+
+def test_asked_to_leave_while_the_data_is_away(tmp_path: Path, corpus: Path) -> None:
+    """The wait ends, the state is saved, and the run is stopped in good order."""
+    (port,) = s3.free_ports(1)
+    run = _run_on_s3(tmp_path, corpus, port, 300)
+    with _server(port):
+        _upload(corpus, port)
+        process = run.start()
+        wait_until(lambda: len(run.records(1, "step")) > 20, "training")
+    try:
+        wait_until(lambda: "data_unreachable" in run.paths.log(1).read_text(), "the outage to be noticed")
+        process.send_signal(signal.SIGTERM)
+        run.wait(process, expect=75)
+    finally:
+        run.kill_everything(process)
+    assert [attempt["cause"] for attempt in run.attempts()] == ["preempted"]
+    assert max(row["step"] for row in run.records(1, "commit")) == max(run.surviving_steps())

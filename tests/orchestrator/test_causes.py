@@ -21,6 +21,7 @@ EXAMPLES: list[tuple[str, Evidence]] = [
     ("orphaned", Evidence(code=79)),
     ("config", Evidence(code=2, tail="usage: trainer")),
     ("data", Evidence(code=65)),
+    ("data_unreachable", Evidence(code=68)),
     ("checkpoint", Evidence(code=66)),
     ("disk_full", Evidence(code=74)),
     ("disk_full", Evidence(code=1, tail="OSError: [Errno 28] No space left on device")),

@@ -184,6 +184,29 @@ def test_no_progress_widens_then_halts() -> None:
     assert world.plans[3].candidates[0] < world.plans[1].candidates[0]
 
 
+def test_data_that_is_away_says_nothing_about_the_state() -> None:
+    """However often: the newest checkpoint is loaded each time, with ever longer pauses, until the data is back."""
+    world = World(dies_at={(attempt, 47 if attempt == 1 else 41): "data_unreachable" for attempt in range(1, 9)})
+
+    end = world.run()
+
+    assert (end.state, end.exit_code) == ("finished", 0)
+    assert {plan.candidates[0] for plan in world.plans[1:9]} == {"000000000040-e1-1"}
+    assert world.engine.state.attempts_without_progress == 0
+    assert {incident.outcome for incident in world.engine.state.incidents if incident.cause == "data_unreachable"} == {
+        "worked"
+    }
+
+
+def test_data_that_stays_away_uses_the_budget_up() -> None:
+    """There is no loop without end; damaged data is not tried again at all."""
+    away = World(dies_at={(attempt, 47 if attempt == 1 else 41): "data_unreachable" for attempt in range(1, 60)})
+    damaged = World(dies_at={(1, 47): "data"})
+
+    assert (away.run().exit_code, len(away.plans)) == (4, 11)
+    assert (damaged.run().exit_code, len(damaged.plans)) == (3, 1)
+
+
 def test_budget_of_restarts_is_windowed_by_progress() -> None:
     """Crashes that each made progress never use the budget up."""
     world = World(dies_at={(attempt, 15 + 10 * attempt): "killed" for attempt in range(1, 40)})

@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
     CONFIG = 2  # the configuration cannot work here; nothing was changed
     DATA = 65  # a shard is missing, truncated or holds a token outside the vocabulary
     CHECKPOINT = 66  # none of the plan's candidate checkpoints could be loaded and verified
+    DATA_UNREACHABLE = 68  # the storage of the data gave no answer for data.timeout_s; a checkpoint is committed
     STORE = 69  # the checkpoint store could not be reached before training began
     ERROR = 70  # an exception; the exit file holds the error record
     REPLAY_DONE = 71  # a diagnosis replay came to its end; nothing was committed

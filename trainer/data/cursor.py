@@ -40,6 +40,12 @@ class Take:
     begin: int
     end: int
 
+    def part(self, first: int, last: int, begin: int) -> "Take":
+        """Of its samples those in [first, last), at least one, as if taken alone at `begin`: one that ends a batch is
+        never left out, so the cursor stands right behind it."""
+        at = slice(first, last)
+        return Take(self.positions[at], self.sources[at], self.shards[at], begin, int(self.positions[last - 1]) + 1)
+
 
 def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Ranges in order, those that touch or overlap as one."""

@@ -1,7 +1,10 @@
 """What can be wrong with token data. Every error says which shard, states the fact, then the remedy.
 
-The trainer leaves with exit code DATA on any of them; preflight collects them, so that all are told at once.
+The trainer leaves with exit code DATA on any of them, DATA_UNREACHABLE where waiting may help; preflight collects
+them, so that all are told at once.
 """
+
+from trainer.contract.exit_codes import ExitCode
 
 
 class DataError(Exception):
@@ -16,6 +19,8 @@ class DataError(Exception):
 
 class DataUnreachableError(DataError):
     """The place of the data gave no answer, or none that could be used; the data itself may be sound."""
+
+    code = ExitCode.DATA_UNREACHABLE
 
 
 class TokenRangeError(DataError):

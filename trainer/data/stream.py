@@ -20,7 +20,7 @@ from trainer.data.manifest import Place, load_manifest
 from trainer.data.order import I64, Order
 from trainer.data.patience import Patience
 from trainer.data.reading import BlockCache, Shelf, TokenBatch
-from trainer.data.timeline import Spots
+from trainer.data.timeline import Spots, Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ class DataStream:
         self._blocks = BlockCache(shelf, config, cache_dir=cache_dir, patience=patience)
         self._cursor = Cursor(self._timeline.shards_of, position, planned_samples, self._timeline.shards_from)
         self._cursor.apply(skips, quarantines)
+        self._ahead = _Ahead(self._cursor, self._timeline, self._blocks.ahead_samples if self._blocks.is_remote else 0)
         self._wanted = 0
         self._batches = batches_of(self._take, self._fetch)
 
@@ -101,27 +102,60 @@ class DataStream:
     def apply(self, *, skips: tuple[SkipRange, ...], quarantines: tuple[Quarantine, ...]) -> None:
         """Another plan, from the current position on."""
         self._cursor.apply(skips, quarantines)
+        self._ahead.forget()
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._blocks.close()
 
-    def _take(self) -> Take:
-        return self._cursor.take(self._wanted)
+    def _take(self) -> tuple[Take, Spots]:
+        return self._ahead.take(self._wanted)
 
-    def _fetch(self, take: Take) -> Batch:
-        tokens = self._blocks.rows(self._timeline.spots(take.sources))
-        self._read_ahead()
+    def _fetch(self, taken: tuple[Take, Spots]) -> Batch:
+        take, spots = taken
+        tokens = self._blocks.rows(spots)
+        if self._blocks.is_remote:
+            self._blocks.read_ahead(self._ahead.upcoming())
         return Batch(tokens, take.positions, take.shards, take.begin, take.end)
 
-    def _read_ahead(self) -> None:
-        """Begin to read what the plan takes next, and nothing that it leaves out."""
-        if self._blocks.is_remote:
-            try:
-                upcoming = self._cursor.peek(self._blocks.ahead_samples)
-            except ExhaustedError:
-                return  # this batch is sound; the next one says so
-            self._blocks.read_ahead(self._timeline.spots(upcoming.sources))
+
+_LOOKED_UP = 2048  # samples
+
+
+class _Ahead:
+    """What the cursor takes next and where that lies, for many samples at once: for one it costs about as much."""
+
+    def __init__(self, cursor: Cursor, timeline: Timeline, upcoming: int) -> None:
+        """`upcoming` samples are known beyond what is taken, if the plan has them."""
+        self._cursor = cursor
+        self._timeline = timeline
+        self._upcoming = upcoming
+        self.forget()
+
+    def forget(self) -> None:
+        """The plan is another one."""
+        self._known, self._spots, self._used = 0, Spots.empty(0), 0
+
+    def take(self, count: int) -> tuple[Take, Spots]:
+        """As `Cursor.take`, and where the samples lie."""
+        if self._known - self._used < count + self._upcoming:
+            self._look_up(count)
+        first, self._used = self._used, self._used + count
+        take = self._found.part(first, self._used, self._cursor.position)
+        self._cursor.position = take.end
+        return take, self._spots.part(slice(first, self._used))
+
+    def upcoming(self) -> Spots:
+        """Where the samples lie that are taken next."""
+        return self._spots.part(slice(self._used, self._used + self._upcoming))
+
+    def _look_up(self, count: int) -> None:
+        try:
+            self._found = self._cursor.peek(count + self._upcoming + _LOOKED_UP)
+        except ExhaustedError:  # further on; a batch that is still sound is handed out
+            self._found = self._cursor.peek(count)
+        self._spots = self._timeline.spots(self._found.sources)
+        self._known, self._used = len(self._found.positions), 0
 
 
 def validation_batches(
