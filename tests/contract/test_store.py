@@ -310,3 +310,24 @@ def test_disks_that_take_nothing(tmp_path: Path, options: str, expected: type[Ex
 def _in_namespace(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
     command = ["unshare", "-rm", "sh", "-c", script, "sh", str(directory), sys.executable, _PROBE]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_listing_while_objects_come_and_go(tmp_path: Path) -> None:
+    """What vanishes between the look at a directory and the look at the file is left out, and is no error."""
+    store = open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    store.create("commits/staying", b"1")
+    ended = threading.Event()
+
+    def churn() -> None:
+        while not ended.is_set():
+            store.create("commits/coming-and-going", b"1")
+            store.delete("commits/coming-and-going")
+
+    with ThreadPoolExecutor(1) as pool:
+        churning = pool.submit(churn)
+        try:
+            for _ in range(2000):
+                assert "commits/staying" in [item.key for item in store.list("commits/")]
+        finally:
+            ended.set()
+        churning.result()

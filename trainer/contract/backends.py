@@ -7,6 +7,7 @@ Why the local one is our own: fsspec's local `pipe_file(mode="create")` looks an
 win (70 of 200 races), and it leaves a half-written object under its final name when the process dies.
 """
 
+import contextlib
 import os
 import shutil
 import threading
@@ -112,8 +113,9 @@ class LocalBackend:
         for directory, _, names in os.walk(self.root / prefix):
             for name in names:
                 path = Path(directory, name)
-                if not name.startswith(_PART) and path.is_file():
-                    found.append((path.relative_to(self.root).as_posix(), path.stat().st_size))
+                if not name.startswith(_PART):
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append((path.relative_to(self.root).as_posix(), path.stat().st_size))
         return sorted(found)
 
     def delete(self, key: str, timeout_s: float) -> None:
