@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check format clean bench-checkpoint bench-data
+.PHONY: help setup demo test check format clean bench-checkpoint bench-data bench-diagnosis
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -12,6 +12,7 @@ help:
 	@echo "make check   format, lint, strict types and the rule of who may import whom"
 	@echo "make bench-checkpoint  how long a save holds up training, beside memcpy, torch.save and DCP"
 	@echo "make bench-data  tokens a second, beside a plain loop and a plain DataLoader"
+	@echo "make bench-diagnosis  incidents named, beside published rules, and a page with every curve"
 	@echo "make format  put the sources in order"
 	@echo "make clean   remove the environment, caches and the demo's runs"
 
@@ -40,6 +41,9 @@ bench-checkpoint: setup
 
 bench-data: setup
 	$(BIN)/python -m benchmarks.data
+
+bench-diagnosis: setup
+	$(BIN)/python -m benchmarks.diagnosis
 
 format: setup
 	$(BIN)/ruff format .

@@ -171,7 +171,7 @@ class Diagnosis:
     def _climb(self, row: Row, key: int) -> list[Finding]:
         """A climb may look like a spike that has just begun: then both are one anomaly."""
         event = self._state.spike.event
-        if event is not None and event.settled is not None:
+        if event is not None and (event.settled is not None or event.jumped()):
             return []
         excused = self._overlay_moves(row.step) or self._recently_planned(row.step)
         found = self._drift.observe(row, key, excused=excused)

@@ -1,28 +1,25 @@
 """A window of healthy losses and what it predicts: trend, scale, z-score. Robust against outliers, pure."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import median
-
-from pydantic import BaseModel, ConfigDict
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 _FOLLOW = 0.5  # share of the window's length over which its slope is believed
 _BEND = 0.3  # share of the fall that may fail to come because the curve bends
 
 
-class Row(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Row:
     """One finite loss."""
-
-    model_config = ConfigDict(frozen=True)
 
     step: int
     loss: float
 
 
-class Band(BaseModel):
-    """A line through recent losses, falling or level, with a robust scale around it."""
-
-    model_config = ConfigDict(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A line through recent losses with a robust scale around it."""
 
     anchor_step: float
     level: float
@@ -35,19 +32,22 @@ class Band(BaseModel):
         ahead = min(max(step - self.anchor_step, -self.reach), _FOLLOW * self.reach)
         return self.level + self.slope * ahead
 
+    def level_or_falling(self) -> "Band":
+        """The same with no rise in it: a rise that nobody knows of is not extrapolated, it would hide itself."""
+        return self if self.slope <= 0 else replace(self, slope=0.0)
+
     def z(self, step: int, loss: float) -> float:
         """Excess over the trend in units of the scale, which is wider the farther a falling trend is followed."""
         followed = min(max(step - self.anchor_step, 0.0), _FOLLOW * self.reach)
         return (loss - self.trend(step)) / (self.scale + _BEND * abs(self.slope) * followed)
 
 
-def fit(rows: Sequence[Row], scale_floor: float, *, rising: bool = False) -> Band:
-    """Fit a band: the line through the medians of both halves; a rise is not extrapolated, it would hide itself.
+def fit(rows: Sequence[Row], scale_floor: float) -> Band:
+    """Fit a band: the line through the medians of both halves.
 
     Args:
         rows: at least 2, in order of step.
         scale_floor: smallest scale, as a share of the level (bf16-rounded losses have no spread of their own).
-        rising: a rise is known of already, so that it may be followed.
     """
     half = len(rows) // 2
     early, late = rows[:half], rows[half:]
@@ -58,6 +58,6 @@ def fit(rows: Sequence[Row], scale_floor: float, *, rising: bool = False) -> Ban
     residuals = [abs(row.loss - (late_loss + raw_slope * (row.step - late_step))) for row in rows]
     scale = max(MAD_TO_SIGMA * median(residuals), scale_floor * abs(late_loss), 1e-6)
     return Band(
-        anchor_step=late_step, level=late_loss, slope=raw_slope if rising else min(raw_slope, 0.0), scale=scale,
+        anchor_step=late_step, level=late_loss, slope=raw_slope, scale=scale,
         reach=float(rows[-1].step - rows[0].step + 1),
     )  # fmt: skip

@@ -3,7 +3,8 @@
 import itertools
 from statistics import median
 
-from pydantic import BaseModel, Field
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from monitors.settings import DetectSettings
 from monitors.taxonomy import Evidence, Finding, IncidentClass
@@ -16,14 +17,16 @@ _LOW_STEPS = 200
 _LOW_ROWS = 20
 
 
-class Block(BaseModel):
+@dataclass(slots=True)
+class Block:
     """Median of so many rows in a row."""
 
     step: int
     loss: float
 
 
-class DriftState(BaseModel):
+@dataclass(slots=True)
+class DriftState:
     """What the detector remembers."""
 
     rows: list[Row] = Field(default_factory=list)

@@ -4,7 +4,8 @@ import math
 from statistics import median
 from typing import NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from monitors.records import StepRecord
 from monitors.settings import DetectSettings
@@ -13,9 +14,11 @@ from monitors.window import MAD_TO_SIGMA, Row
 
 _SHARE_STEPS = 1000
 _HEALTHY_STEPS = 10
+_STALL_ROWS = (128, 192, 288, 432, 648, 972, 1458, 2048)
 
 
-class NonFiniteState(BaseModel):
+@dataclass(slots=True)
+class NonFiniteState:
     """What the detector remembers."""
 
     key: int | None = None
@@ -98,7 +101,7 @@ class NonFiniteDetector:
             )
         first = state.first_step if state.first_step is not None else 0
         begins_here = state.loaded_step is None and first <= 1
-        early = begins_here and onset <= max(5, settings.immediate_steps // 4)
+        early = begins_here and onset <= settings.immediate_steps
         if not healthy or early:
             return IncidentClass.IMMEDIATE_NAN, "the run has hardly begun"
         if state.dead_group:
@@ -106,6 +109,9 @@ class NonFiniteDetector:
         gain = improvement(healthy)
         if gain is not None and gain.share < max(settings.plateau_share, min(gain.noise, settings.plateau_noisy_share)):
             return IncidentClass.PLATEAU_THEN_NAN, f"the last quarter had improved by {gain.share:.2%} only"
+        stalled = stall(healthy)
+        if stalled is not None:
+            return IncidentClass.PLATEAU_THEN_NAN, f"the loss, falling before, was flat from step {stalled} on"
         return IncidentClass.SUDDEN_NAN, "out of a healthy run"
 
 
@@ -140,3 +146,33 @@ def improvement(rows: list[Row]) -> Improvement | None:
     sigma = MAD_TO_SIGMA * median([*(abs(loss - level) for loss in before), *(abs(loss - now) for loss in after)])
     noise = 1.25 * sigma * math.sqrt(1 / len(before) + 1 / len(after))
     return Improvement(share=(level - now) / abs(level), noise=noise / abs(level))
+
+
+def stall(rows: list[Row]) -> int | None:
+    """The step from which on a loss that had been falling was flat, None if it was not; rows before a NaN.
+
+    At each scale the newest stretch is held against the one as long before it: that one fell by more than chance (4
+    standard errors), this one by under a fifth of it, and by 3 standard errors less. A power law keeps most of its
+    fall from one stretch to the next; a model that has stopped learning keeps none.
+    """
+    for span in _STALL_ROWS:
+        if len(rows) < 2 * span:
+            return None
+        before, now = _fall(rows[-2 * span : -span]), _fall(rows[-span:])
+        if before.nats > 4 * before.error and now.nats < before.nats / 5 and before.nats - now.nats > 3 * now.error:
+            return rows[-span].step
+    return None
+
+
+class _Fall(NamedTuple):
+    nats: float
+    error: float
+
+
+def _fall(rows: list[Row]) -> _Fall:
+    """From the median of the first half to that of the second, with its standard error."""
+    half = len(rows) // 2
+    first, second = [row.loss for row in rows[:half]], [row.loss for row in rows[half:]]
+    a, b = median(first), median(second)
+    sigma = MAD_TO_SIGMA * median([*(abs(loss - a) for loss in first), *(abs(loss - b) for loss in second)])
+    return _Fall(a - b, 1.25 * sigma * math.sqrt(2 / half))

@@ -7,6 +7,7 @@ import math
 from statistics import median
 
 from pydantic import BaseModel, Field
+from pydantic.dataclasses import dataclass
 
 from monitors.records import ActivationRecord, EvalRecord, StepRecord
 from monitors.settings import DetectSettings
@@ -20,7 +21,8 @@ _THROUGHPUT_REFERENCE = 100
 _THROUGHPUT_RECENT = 20
 
 
-class Series(BaseModel):
+@dataclass(slots=True)
+class Series:
     """One value's recent history on a log scale, and whether it is out of its band."""
 
     values: list[float] = Field(default_factory=list)
@@ -37,7 +39,8 @@ class Recorded(BaseModel):
     end: int
 
 
-class NoticeState(BaseModel):
+@dataclass(slots=True)
+class NoticeState:
     """What the detector remembers."""
 
     series: dict[str, Series] = Field(default_factory=dict)

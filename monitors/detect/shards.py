@@ -6,6 +6,7 @@ A shard is convicted by several batches in which it alone stands out; one that m
 from statistics import median
 
 from pydantic import BaseModel, Field
+from pydantic.dataclasses import dataclass
 
 from monitors.records import StepRecord
 from monitors.settings import DetectSettings
@@ -15,7 +16,8 @@ from monitors.window import MAD_TO_SIGMA, Band
 _MEMORY = 0.9  # of a shard's own offset: about ten reads
 
 
-class ShardRecord(BaseModel):
+@dataclass(slots=True)
+class ShardRecord:
     """What is known of one shard."""
 
     reads: int = 0
@@ -27,7 +29,8 @@ class ShardRecord(BaseModel):
     first_bad_step: int = 0
 
 
-class ShardState(BaseModel):
+@dataclass(slots=True)
+class ShardState:
     """What the detector remembers."""
 
     shards: dict[int, ShardRecord] = Field(default_factory=dict)

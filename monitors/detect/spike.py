@@ -7,41 +7,56 @@ stand out of what the run's own tail has shown, because one rank's losses are he
 from dataclasses import replace
 from statistics import median
 
-from pydantic import BaseModel, Field
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
+from monitors.detect.chance import NoiseTail
 from monitors.settings import DetectSettings
 from monitors.taxonomy import Evidence, Finding, FindingKind, IncidentClass
 from monitors.window import Band, Row, fit
 
-_TAIL_ROWS = 1000
+_REFIT_ROWS = 8  # a window of 128 rows moves little in so many; it keeps the work of a row constant
 _MIN_ROWS_TO_JUDGE = 8  # in logs of every 100th step the horizon in steps is one row
 _SPREAD_ROWS = 12
+_JUMP_ROWS = 8
+_DOUBT_SIGMA = 3.0
+_PAIR_ROWS = 1_000  # of an outlier that goes on, the first row may be one in so many
+_LONE_ROWS = 30_000  # by chance at most one lone row in so many is taken for a spike
 
 
-class Event(BaseModel):
+@dataclass(slots=True)
+class Event:
     """A spike in progress."""
 
     key: int
     onset_step: int
     detected_step: int
     band: Band
-    rows: list[Row] = Field(default_factory=list)
+    first: Row
+    rows: list[Row] = Field(default_factory=list, description="the newest of it")
     peak: float = 0.0
     last_out_step: int = 0
     settled: IncidentClass | None = None
     shards: list[int] = Field(default_factory=list)
 
+    def jumped(self) -> bool:
+        """Whether its first rows, of which it remembers all while it is young, already reached half of its peak."""
+        begin = (row.loss - self.band.trend(row.step) for row in self.rows[:_JUMP_ROWS])
+        return self.rows[0] == self.first and max(begin) >= 0.5 * self.peak
 
-class SpikeState(BaseModel):
+
+@dataclass(slots=True)
+class SpikeState:
     """What the detector remembers."""
 
     window: list[Row] = Field(default_factory=list)
     doubtful: list[Row] = Field(default_factory=list, description="newest rows between 3 sigma and the threshold")
-    tail: list[tuple[int, float]] = Field(default_factory=list, description="(row number, z) of past lone outliers")
+    fitted: Band | None = Field(default=None, description="to the window, renewed every few rows")
+    fitted_rows: int = Field(default=0, description="taken in since")
+    tail: NoiseTail = Field(default_factory=NoiseTail)
     event: Event | None = None
     closed_steps: list[int] = Field(default_factory=list)
     repeated_reported: int = -1
-    row_number: int = 0
     last_eval: tuple[int, float] | None = None
 
 
@@ -57,11 +72,14 @@ class SpikeDetector:
         state = self.state
         if state.event is not None:
             return state.event.band
-        return fit(state.window, self._settings.scale_floor, rising=climbing) if len(state.window) >= 4 else None
+        if len(state.window) < 4:
+            return None
+        if state.fitted is None or state.fitted_rows >= min(_REFIT_ROWS, len(state.window) // 8):
+            state.fitted, state.fitted_rows = fit(state.window, self._settings.scale_floor), 0
+        return state.fitted if climbing else state.fitted.level_or_falling()
 
     def observe(self, row: Row, next_key: int, *, planned_change: bool, climbing: bool) -> list[Finding]:
         """Take one finite loss in; `next_key` names a new event if there is one."""
-        self.state.row_number += 1
         if self.state.event is not None:
             return self._during(self.state.event, row)
         band = self.band(climbing=climbing)
@@ -74,17 +92,18 @@ class SpikeDetector:
         """A new attempt: the window is what survives, nothing is in progress."""
         state = self.state
         state.window = history[-self._settings.window_rows :]
-        state.event, state.doubtful = None, []
+        state.event, state.fitted, state.doubtful = None, None, []
         last = history[-1].step if history else 0
         state.closed_steps = [step for step in state.closed_steps if step <= last]
 
     def _accept(self, row: Row, band: Band | None) -> None:
         state = self.state
-        if band is not None and band.z(row.step, row.loss) > 3:
-            state.doubtful = [*state.doubtful[-4:], row]
-        else:
-            state.doubtful = []
+        z = band.z(row.step, row.loss) if band is not None else 0.0
+        state.doubtful = [*state.doubtful[-4:], row] if z > _DOUBT_SIGMA else []
+        if len(state.window) >= self._settings.window_rows:  # before, the band itself is wrong more often than rows are
+            state.tail.add(z)
         state.window.append(row)
+        state.fitted_rows += 1
         if len(state.window) > self._settings.window_rows:
             del state.window[: -self._settings.window_rows]
 
@@ -93,22 +112,21 @@ class SpikeDetector:
         z, excess = band.z(row.step, row.loss), row.loss - band.trend(row.step)
         if len(state.window) < settings.min_rows:
             return z > settings.spike_sigma and excess > settings.cold_share * abs(band.level)
+        doubts = [band.z(doubt.step, doubt.loss) for doubt in state.doubtful]
+        if z > _DOUBT_SIGMA and any(
+            d > settings.spike_sigma and not state.tail.is_chance(d, _PAIR_ROWS) for d in doubts
+        ):
+            return True  # an outlier that the next row does not take back
         if z <= settings.spike_sigma:
             return False
-        run = [doubt for doubt in state.doubtful if band.z(doubt.step, doubt.loss) > settings.spike_sigma]
-        recent = sorted((past for number, past in state.tail if state.row_number - number < _TAIL_ROWS), reverse=True)
-        usual = recent[1] if len(recent) > 1 else 0.0  # the second largest: one outlier is no tail yet
-        if run or z > max(settings.spike_sigma, 1.5 * usual):
-            return True
-        state.tail = [*state.tail[-199:], (state.row_number, z)]
-        return False
+        return any(d > settings.spike_sigma for d in doubts) or not state.tail.is_chance(z, _LONE_ROWS)
 
     def _begin(self, row: Row, band: Band, key: int, planned_change: bool) -> list[Finding]:
         state = self.state
         contiguous = [doubt for doubt in state.doubtful if state.window and doubt in state.window[-5:]]
         onset = contiguous[0].step if contiguous else row.step
         state.window = [kept for kept in state.window if kept.step < onset] or state.window
-        state.doubtful = []
+        state.doubtful, state.fitted = [], None
         evidence = self._evidence(band, row)
         if planned_change:
             state.window = [row]
@@ -119,8 +137,8 @@ class SpikeDetector:
                 Finding("closed", key, shift, onset, row.step, why, row.step, evidence),
             ]
         state.event = Event(
-            key=key, onset_step=onset, detected_step=row.step, band=band, rows=[row], last_out_step=row.step,
-            peak=row.loss - band.trend(row.step),
+            key=key, onset_step=onset, detected_step=row.step, band=band, first=row, rows=[row],
+            last_out_step=row.step, peak=row.loss - band.trend(row.step),
         )  # fmt: skip
         why = self._why(state.event, row)
         return [Finding("suspected", key, IncidentClass.TRANSIENT_SPIKE, onset, row.step, why, None, evidence)]
@@ -138,6 +156,10 @@ class SpikeDetector:
         if self._still_open(event, row):
             return []
         excess = self._recent_excess(event)
+        if self._grew(event, excess):
+            event.settled = IncidentClass.SLOW_DIVERGENCE
+            why = f"loss has grown without a jump from step {event.onset_step} on, by {excess:.3f} so far"
+            return [self._finding("classified", event, row, why)]
         if excess < max(3 * event.band.scale, settings.unrecovered_nats) or self._validation_disagrees(event):
             return self._shift(event, row)
         event.settled = IncidentClass.UNRECOVERED_SPIKE
@@ -169,6 +191,14 @@ class SpikeDetector:
         now, before = self._recent_excess(event), self._earlier_excess(event)
         return now < 0.5 * event.peak and now < before - 0.25 * event.band.scale
 
+    def _grew(self, event: Event, excess: float) -> bool:
+        """Small noise sees a climb leave its band at once: what counts is that it went on growing, row by row."""
+        third = len(event.rows) // 3
+        if event.rows[0] != event.first or third < 2:
+            return False
+        begin = median(past.loss - event.band.trend(past.step) for past in event.rows[:third])
+        return excess >= self._settings.drift_nats and begin < 0.5 * excess and event.peak < 2 * excess
+
     def _recent_excess(self, event: Event) -> float:
         recent = event.rows[-max(3, len(event.rows) // 5) :]
         return median(past.loss - event.band.trend(past.step) for past in recent)
@@ -186,10 +216,9 @@ class SpikeDetector:
     def _close(self, event: Event, row: Row) -> list[Finding]:
         state = self.state
         cls = event.settled or IncidentClass.TRANSIENT_SPIKE
-        state.event = None
+        state.event = state.fitted = None
         if event.last_out_step == event.onset_step:  # one row alone: the run's own tail, by which the next is judged
-            first = event.rows[0]
-            state.tail = [*state.tail[-199:], (state.row_number, event.band.z(first.step, first.loss))]
+            state.tail.add(event.band.z(event.first.step, event.first.loss))
         state.window = [*state.window, *(past for past in event.rows if past.step > event.last_out_step)]
         state.window = state.window[-self._settings.window_rows :]
         why = f"{self._why(event, row)}; back in its band from step {event.last_out_step + 1} on"
@@ -216,7 +245,7 @@ class SpikeDetector:
         return [replace(closed, evidence={**closed.evidence, "gave_in": 1})]
 
     def _rebase(self, event: Event) -> None:
-        self.state.event = None
+        self.state.event = self.state.fitted = None
         self.state.window = event.rows[-max(_SPREAD_ROWS, self._settings.min_rows) :]
 
     def _finding(
@@ -244,7 +273,7 @@ class SpikeDetector:
         }  # fmt: skip
 
     def _why(self, event: Event, row: Row) -> str:
-        first = event.rows[0]
+        first = event.first
         return (
             f"loss left its band at step {event.onset_step}: {first.loss:.3f} where {event.band.trend(first.step):.3f} "
             f"was expected ({event.band.z(first.step, first.loss):.1f} sigma), peak +{event.peak:.3f}"

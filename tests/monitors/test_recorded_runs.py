@@ -67,14 +67,18 @@ def _hit(label: dict[str, Any]) -> bool:
 
 
 def test_labelled_spikes_are_found() -> None:
-    """Of those that a reader marked in averaged losses: three quarters of all, nearly all from half a nat on."""
+    """Of those that a reader marked in averaged losses: most from half a nat on, and half of all.
+
+    A lone row is taken for a spike only where the run's own tail makes it improbable, which costs small ones and
+    saves most of the false ones: see `test_false_incidents_are_few`.
+    """
     spikes = _labels("1")
     large = [label for label in spikes if label.get("peak") and label["peak"] - label["base"] >= 0.5]
     hits = Counter(_hit(label) for label in spikes)
 
-    assert hits[True] >= 44
+    assert hits[True] >= 28
     assert len(spikes) == 55
-    assert sum(map(_hit, large)) >= len(large) - 1
+    assert sum(map(_hit, large)) >= 0.8 * len(large)
 
 
 def test_flat_and_then_nan() -> None:

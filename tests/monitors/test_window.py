@@ -24,8 +24,8 @@ def test_a_rise_is_followed_only_when_it_is_known_of() -> None:
     """Otherwise a climb would be its own excuse."""
     rows = _rows([3.0 + 0.01 * step for step in range(100)])
 
-    assert fit(rows, scale_floor=0.003).slope == 0.0
-    assert fit(rows, scale_floor=0.003, rising=True).slope == pytest.approx(0.01)
+    assert fit(rows, scale_floor=0.003).level_or_falling().slope == 0.0
+    assert fit(rows, scale_floor=0.003).slope == pytest.approx(0.01)
 
 
 def test_rounded_losses_have_a_floor_under_their_scale() -> None:

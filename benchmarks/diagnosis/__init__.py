@@ -1,0 +1,1 @@
+"""How well incidents are diagnosed: Longwatch beside published rules, on labelled runs."""
