@@ -22,6 +22,7 @@ from orchestrator.documents import (
     read_document,
     validate,
 )
+from orchestrator.files import replace_file
 from orchestrator.policy.model import Policy
 from orchestrator.policy.shipped import DEFAULT_POLICY, in_force
 from orchestrator.schema_paths import KeyPath
@@ -264,11 +265,3 @@ def _shown(path: Path) -> str:
     """A path as people want to read it: relative to the working directory where it lies below it."""
     resolved, here = path.resolve(), Path.cwd()
     return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(path)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file of the run directory, whole or not at all, for the user alone."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    part.chmod(0o600)
-    part.replace(path)

@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import assert_never
 
 import structlog
@@ -20,6 +19,7 @@ import structlog
 from monitors.metrics import Metrics
 from orchestrator.errors import RunSupersededError
 from orchestrator.evidence import capture
+from orchestrator.files import replace_file
 from orchestrator.hooks import Hooks
 from orchestrator.journal import Journal, Outcome, Spawned, StoredDecision
 from orchestrator.policy.decisions import (
@@ -327,23 +327,3 @@ def _tidy(store: Store, decision: PruneCheckpoints) -> None:
 
 def _epoch_of(stored: StoredDecision | None) -> int:
     return stored.decision.plan.epoch if stored and isinstance(stored.decision, StartAttempt) else -1
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from orchestrator.config import ResolvedRun, check_changes, read_policy, replace_file, write_resolved
+from orchestrator.config import ResolvedRun, check_changes, read_policy, write_resolved
 from orchestrator.documents import ConfigError, Problem
 from orchestrator.errors import JournalMissingError, OrchestratorError, RunHeldError
 from orchestrator.facts import facts_of
+from orchestrator.files import replace_file
 from orchestrator.journal import Batch, Journal
 from orchestrator.logs import log_to
 from orchestrator.policy.decisions import EndRun
@@ -24,10 +25,11 @@ from orchestrator.policy.shipped import in_force
 from orchestrator.policy.state import Incident, RunStatus
 from orchestrator.preflight import Data, preflight
 from orchestrator.process.filesystem import refuse_network_filesystem
+from orchestrator.process.keepers import end_keepers
 from orchestrator.process.lock import RunLock, is_held, read_holder
 from orchestrator.supervisor import Setup, Supervisor, Update
 from orchestrator.takeover import open_engine
-from trainer.contract import fence
+from trainer.contract import arena, fence
 from trainer.contract.config import RunConfig
 from trainer.contract.paths import RunPaths
 from trainer.contract.store import Store, StoreError, open_store
@@ -135,12 +137,12 @@ class _Past:
             what = f"{status.step} steps are done already; raise it, or give the run another name"
             raise ConfigError([run.document.problem(("steps",), what)])
         try:
-            missing = status.last_commit_step is not None and not fence.commits_present(store)
+            missing = status.last_stored_step is not None and not fence.commits_present(store)
         except StoreError:
             return  # the look before the start will say what is wrong with it
         if missing:
             what = (
-                f"{store.url} holds no checkpoint of this run, although step {status.last_commit_step} was committed; "
+                f"{store.url} holds no checkpoint of this run, although step {status.last_stored_step} was committed; "
                 "bring it back (is it mounted?), or start from scratch with --fresh"
             )
             raise ConfigError([run.document.problem(("store", "url"), what)])
@@ -238,9 +240,14 @@ def fold_under_old_rules(run: ResolvedRun) -> None:
 
 
 def set_aside(paths: RunPaths) -> Path | None:
-    """Rename an existing run directory to NAME.old-N: `--fresh` starts anew, it does not destroy."""
+    """Rename an existing run directory to NAME.old-N: `--fresh` starts anew, it does not destroy.
+
+    Keepers whose supervisor died know the directory by its name: they would serve the new run beside its own ones.
+    """
     if not paths.root.exists():
         return None
+    end_keepers(paths)
+    arena.remove(paths.arena)
     number = 1
     while (aside := paths.root.with_name(f"{paths.root.name}.old-{number}")).exists():
         number += 1

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import structlog
+from pydantic import ValidationError
 
 from monitors.records import CommitFailedRecord, CommitRecord, SnapshotRecord, parse_record
 from monitors.tail import Tail
@@ -184,7 +185,11 @@ class Saver:
     def _own_news(self) -> Iterator[object]:
         for tail in self._news:
             for line in tail.poll():
-                record = parse_record(line)
+                try:
+                    record = parse_record(line)
+                except ValidationError as error:  # torn on a full disk, or of another version: never a reason to stop
+                    log.warning("record_of_keeper_unreadable", why=str(error))
+                    continue
                 if record.attempt == self._attempt:
                     yield record
 

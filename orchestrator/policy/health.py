@@ -7,6 +7,7 @@ from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import PruneCheckpoints, WriteVerdict
 from orchestrator.policy.state import Commit, HistoryRow, Incident
 from orchestrator.recovery.retention import Checkpoint, plan_retention
+from trainer.contract.manifest import parse_commit_id
 
 _HISTORY_ROWS = 4096  # covers the widest rollback of the shipped policy (2,000 steps) twice
 
@@ -83,8 +84,9 @@ def _prune(ctx: Context) -> None:
 
 
 def _as_checkpoint(commit: Commit) -> Checkpoint:
+    standing = "committed" if commit.tainted and commit.standing == "good" else commit.standing
     return Checkpoint(
-        id=commit.id, step=commit.step, epoch=0, attempt=0, state=commit.standing, verified=commit.standing == "good",
+        id=commit.id, step=commit.step, epoch=0, attempt=0, state=standing, verified=standing == "good",
         pinned=False, in_lineage=True, bytes=0, committed_at_s=commit.committed_at_s,
     )  # fmt: skip
 
@@ -161,8 +163,9 @@ def on_started(ctx: Context, record: StartedRecord) -> None:
         if incident.resume_step is None:
             incident.resume_step = state.step
     _settle_overtaken(ctx, record)
-    state.abandoned += [c.id for c in state.commits if c.step > record.step and c.standing != "bad"]
-    state.commits = [commit for commit in state.commits if commit.step <= record.step]
+    left = [c for c in state.commits if c.step > record.step and parse_commit_id(c.id).attempt < record.attempt]
+    state.abandoned += [commit.id for commit in left if commit.standing != "bad"]
+    state.commits = [commit for commit in state.commits if commit not in left]
     state.evals = [row for row in state.evals if row[0] <= record.step]
     state.history = [row for row in state.history if row.step <= record.step]
     if state.reanchoring:

@@ -49,8 +49,8 @@ class Keepers:
 
     def start(self) -> None:
         """End those of an earlier supervisor, and start both."""
+        end_keepers(self.paths)
         for role in KEEPER_ROLES:
-            _end_old(self.paths.keeper_lock(role))
             self._keepers[role] = _Keeper(role)
             self._spawn(self._keepers[role])
 
@@ -158,6 +158,16 @@ class Keepers:
 
 #: They copy and send; numerical libraries need no threads for that, and training needs the cores.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def end_keepers(paths: RunPaths) -> None:
+    """End those of an earlier supervisor.
+
+    Raises:
+        ChildLockHeldError: a process cannot be ended.
+    """
+    for role in KEEPER_ROLES:
+        _end_old(paths.keeper_lock(role))
 
 
 def _end_old(lock: Path) -> None:

@@ -1,6 +1,7 @@
 """One contract for every store: file, memory, and two S3 servers; and each store's own ways to fail."""
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -102,6 +103,22 @@ def test_a_file_is_stored(store: Store, tmp_path: Path) -> None:
         store.put_file("data/x/r0.safetensors", other)
     source.unlink()
     assert store.read("data/x/r0.safetensors") == data
+
+
+def test_a_file_is_copied_where_it_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two mounts of one disk have the same device number, and no link leads from one to the other."""
+    source, link = tmp_path / "source", os.link
+
+    def across_mounts(one: str | Path, other: str | Path) -> None:
+        if Path(one) == source:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        link(one, other)
+
+    source.write_bytes(b"content")
+    store = open_store(StoreConfig(url=f"file://{tmp_path}/store"), tmp_path, "run")
+    monkeypatch.setattr(os, "link", across_mounts)
+    store.put_file("data/x/r0.safetensors", source)
+    assert store.read("data/x/r0.safetensors") == b"content"
 
 
 def test_missing_objects(store: Store) -> None:

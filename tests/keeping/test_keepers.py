@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.launching import set_aside
 from orchestrator.process.keepers import Keepers
 from tests.trainer.saving import Saving, full_state, trained
 from trainer.checkpoint import Author, Snapshotter, load_checkpoint
@@ -23,7 +24,7 @@ from trainer.contract.config import RunConfig, StoreConfig
 from trainer.contract.fence import commits_present
 from trainer.contract.manifest import commit_id
 from trainer.contract.paths import KEEPER_ROLES, KeeperRole, RunPaths
-from trainer.contract.store import open_store
+from trainer.contract.store import Store, StoreDenied, open_store
 from trainer.keeping.tier import Inventory, LocalTier
 from trainer.keeping.uploader import Uploader
 from trainer.reporter import Reporter
@@ -153,6 +154,19 @@ def test_told_to_leave_they_finish_first(bench: Bench) -> None:
     bench.keepers.stop(_DEADLINE_S)
     assert commits_present(bench.store) == tuple(commits)
     assert not os.path.lexists(bench.paths.arena)
+    assert list(bench.tier.scratch.iterdir()) == []
+
+
+def test_a_run_that_is_set_aside_takes_its_keepers_with_it(bench: Bench) -> None:
+    """They know the directory by its name, and would serve the run that begins in its place."""
+    bench.snapshot(1)
+    old = [keeper.process for keeper in bench.keepers._keepers.values()]
+    memory = os.readlink(bench.paths.arena)
+    bench.keepers.let_go()
+    bench.snapshotter.close()
+    set_aside(bench.paths)
+    assert [process.wait(_DEADLINE_S) for process in old if process is not None] == [-signal.SIGKILL] * 2
+    assert not os.path.exists(memory)
 
 
 def test_a_new_supervisor_ends_those_of_the_old(bench: Bench) -> None:
@@ -281,6 +295,26 @@ def test_a_disk_that_takes_no_marks(tmp_path: Path) -> None:
     assert saving.tier.inventory() == Inventory((), (), None)
     rows = [json.loads(line) for line in paths.keeper_records("uploader").read_text().splitlines()]
     assert [(row["kind"], row["commit"]) for row in rows] == [("commit", commit)]
+
+
+class _NoHousekeeping(Store):
+    """May write and read, but not look for what is unfinished."""
+
+    def abort_unfinished(self, prefix: str) -> int:
+        """Denied."""
+        raise StoreDenied(self.url, "not allowed to list multipart uploads")
+
+
+def test_housekeeping_that_is_denied_holds_up_no_upload(tmp_path: Path) -> None:
+    """A minimal policy for a bucket often lacks just this permission."""
+    store = _NoHousekeeping(LocalBackend(tmp_path / "store"), "test://", 1.0)
+    paths = RunPaths(tmp_path / "run")
+    paths.create()
+    with Saving(store, paths.root) as saving, closing(Reporter.of_keeper(paths, "uploader")) as reporter:
+        commit = saving.snapshot(_state(1))
+        saving.persist()
+        assert Uploader(paths, store, reporter, lambda: None, _NoFaults(), keep=2, clock=time.monotonic).turn()
+    assert commits_present(store) == (commit,)
 
 
 def test_a_machine_that_starts_no_process(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

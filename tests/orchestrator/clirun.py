@@ -30,7 +30,7 @@ def write_journal(
     state: str = "running",
     step: int = 7,
     end: EndRun | None = None,
-    last_commit_step: int | None = None,
+    last_stored_step: int | None = None,
 ) -> None:
     """A journal as a supervisor leaves it: a status, one incident and one suspicion."""
     paths.create()
@@ -38,7 +38,7 @@ def write_journal(
         {
             "state": state, "step": step, "total_steps": 100, "attempt": 1, "loss": float("nan"), "lr": 1e-3,
             "tokens": 10, "tokens_per_s": None, "validation": None, "last_good_step": None,
-            "last_commit_step": last_commit_step,
+            "last_commit_step": last_stored_step, "last_stored_step": last_stored_step,
             "rollbacks_left": 6, "restarts_left": 10, "open_incidents": 0, "incidents": 1, "lr_factor": 1.0,
             "quarantined_shards": [],
         }

@@ -177,7 +177,7 @@ def test_a_store_that_is_not_mounted_is_refused(here: Path, capsys: pytest.Captu
     """Before a new one is made in its place."""
     made = resolve(write_run(here))
     write_resolved(made)
-    write_journal(made.paths, state="stopped", last_commit_step=5)
+    write_journal(made.paths, state="stopped", last_stored_step=5)
 
     assert run(["launch", "run.yaml"]) == 2
     assert "holds no checkpoint of this run, although step 5 was committed" in capsys.readouterr().err

@@ -88,3 +88,20 @@ def test_what_was_passed_over_is_no_target() -> None:
     known = [commit.id for commit in world.engine.state.commits if commit.where == "disk"]
     assert known == [name for name, _ in world.waiting]
     assert set(world.plans[1].candidates) <= set(world.commits)
+
+
+def test_what_an_adopted_attempt_saved_before_it_was_heard_of_stays() -> None:
+    """A supervisor that took over reads the keepers' news first: what this very attempt saved was not left behind."""
+    world = World()
+    world.open()
+    for step in (20, 30):
+        name = f"{step:012d}-e1-1"
+        record = CommitRecord.model_validate(
+            {"seq": step, "attempt": 1, "at_s": 0.0, "tier": "store", "step": step, "commit": name,
+             "position": step, "tokens": step, "bytes": 1, "seconds": 0.1}
+        )  # fmt: skip
+        world.feed(RecordReceived(at_s=0.0, record=record))
+    world.load()
+    known = [commit.id for commit in world.engine.state.commits]
+    assert {"000000000020-e1-1", "000000000030-e1-1"} <= set(known)
+    assert world.engine.state.abandoned == []

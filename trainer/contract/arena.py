@@ -190,7 +190,10 @@ class Arena:
         place = self._geometry.description(index)
         self._map[place : place + len(description)] = description
         page = self._geometry.page(index)
-        _TRAINER.pack_into(self._map, page, number, state, payload_bytes, len(description), crc32c(description))
+        fields = (payload_bytes, len(description), crc32c(description))
+        if state != _WRITING:  # who sees the slot complete must find everything else in its place
+            _TRAINER.pack_into(self._map, page, number, _WRITING, *fields)
+        _TRAINER.pack_into(self._map, page, number, state, *fields)
 
     def _slot(self, index: int) -> Slot:
         page = self._geometry.page(index)

@@ -8,6 +8,7 @@ win (70 of 200 races), and it leaves a half-written object under its final name 
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -21,6 +22,8 @@ from fsspec.spec import AbstractFileSystem
 from trainer.contract.deadline import call, protocols
 
 _PART = ".part-"  # prefix of files that are still being written; never listed
+# One file system in two mounts, or one without hard links: device numbers do not tell, only trying does.
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
 _MEMORY_LOCK = threading.Lock()  # fsspec's memory file system is one object per process, so is its lock
 
 
@@ -81,11 +84,15 @@ class LocalBackend:
         _sync_directory(target.parent)
 
     def put_file(self, key: str, path: Path, timeout_s: float) -> None:
-        """Link the file in place where both lie on one file system, copy it otherwise."""
+        """Link the file in place where that can be done, copy it otherwise."""
         target = self._prepare(key)
-        if path.stat().st_dev == target.parent.stat().st_dev:
-            _sync_file(path)
+        _sync_file(path)
+        try:
             os.link(path, target)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+        else:
             _sync_directory(target.parent)
             return
         part = target.with_name(f"{_PART}{uuid.uuid4().hex}")

@@ -60,7 +60,7 @@ def open_desk(
     reporter = stack.enter_context(closing(Reporter.of_keeper(paths, role)))
     keep = config.checkpoint.keep_local
     if role == "writer":
-        return Writer(paths, reporter, beat, keep=keep, clock=time.monotonic).turn
+        return stack.enter_context(closing(Writer(paths, reporter, beat, keep=keep, clock=time.monotonic))).turn
     store = stack.enter_context(closing(open_store(config.store, paths.root, config.name)))
     faults = FaultyUploads(config.faults, paths, store, reporter)
     return Uploader(paths, faults.store, reporter, beat, faults, keep=keep, clock=time.monotonic).turn

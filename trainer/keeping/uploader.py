@@ -10,7 +10,7 @@ from monitors.records import CommitFailedRecord, CommitRecord
 from trainer.contract.fence import FenceError, FenceLostError
 from trainer.contract.manifest import ManifestError, Sealed, parse_commit_id
 from trainer.contract.paths import RunPaths
-from trainer.contract.store import Store, StoreError
+from trainer.contract.store import Store, StoreDenied, StoreError
 from trainer.keeping.tier import LocalDamageError, LocalTier, choose_doomed, choose_next
 from trainer.keeping.upload import upload
 from trainer.reporter import Reporter
@@ -90,19 +90,22 @@ class Uploader:
 
     def _tidy_once(self) -> None:
         """What a killed uploader left unfinished in the store takes space there and is never seen."""
-        if not self._tidied:
+        if self._tidied:
+            return
+        try:
             aborted = self._store.abort_unfinished("data/")
-            self._tidied = True
-            if aborted:
-                log.info("unfinished_uploads_aborted", count=aborted)
+        except (
+            StoreDenied
+        ) as error:  # housekeeping only: uploads need not wait for a permission that they can do without
+            aborted = 0
+            log.warning("unfinished_uploads_left", why=str(error))
+        self._tidied = True
+        if aborted:
+            log.info("unfinished_uploads_aborted", count=aborted)
 
     def _sent(self, sealed: Sealed, seconds: float) -> None:
+        """Said before it is marked: killed in between, it is found in the store and said again, which harms nobody."""
         manifest = sealed.manifest
-        try:
-            self._tier.mark_uploaded(manifest.commit)
-        except StoreError as error:
-            log.warning("local_copy_dropped", commit=manifest.commit, why=str(error))
-            self._tier.forget(manifest.commit)
         self._wait_s, self._told, self._newest_failed = _RETRY_FIRST_S, None, None
         log.info("uploaded", commit=manifest.commit, seconds=seconds)
         self._reporter.emit(
@@ -116,6 +119,11 @@ class Uploader:
             bytes=manifest.bytes,
             seconds=seconds,
         )
+        try:
+            self._tier.mark_uploaded(manifest.commit)
+        except StoreError as error:
+            log.warning("local_copy_dropped", commit=manifest.commit, why=str(error))
+            self._tier.forget(manifest.commit)
         surplus, _ = choose_doomed(self._tier.inventory(), self._keep)
         for commit in surplus:
             self._tier.forget(commit)
@@ -132,8 +140,8 @@ class Uploader:
 
     def _give_up(self, commit: str, why: str, *, superseded: bool = False) -> None:
         log.warning("checkpoint_given_up", commit=commit, why=why)
-        self._tier.forget(commit)
         self._failed(commit, why, gone=True, superseded=superseded)
+        self._tier.forget(commit)
 
     def _failed(self, commit: str, why: str, *, gone: bool = False, superseded: bool = False) -> None:
         parsed = parse_commit_id(commit)

@@ -50,6 +50,10 @@ class Writer:
             log.warning("arena_unusable", why=str(error))
             return False
 
+    def close(self) -> None:
+        """Give the reserved space back: whoever writes next reserves its own."""
+        clear(self._tier)
+
     def _take(self, arena: ArenaReader, slot: Slot) -> None:
         begun_s = self._clock()
         try:
@@ -100,9 +104,9 @@ class Writer:
             self._pass_over(passed_over, "the store is slower than the interval, so it gets fewer checkpoints")
 
     def _pass_over(self, commit: str, why: str) -> None:
-        self._tier.forget(commit)
         log.warning("checkpoint_passed_over", commit=commit, why=why)
         self._failed(commit, f"passed over on its way to the store: {why}")
+        self._tier.forget(commit)
 
     def _saved(self, said: SnapshotDescription, sealed: Sealed, seconds: float) -> None:
         log.info("saved", commit=sealed.manifest.commit, seconds=seconds)
