@@ -80,7 +80,16 @@ class Inbox:
 
     @classmethod
     def of_keeper(cls, paths: RunPaths, role: KeeperRole, cursor: Cursor) -> Self:
-        """The records of a keeper. `attempt` is then the number under which the journal keeps its cursor."""
+        """The records of a keeper. `attempt` is then the number under which the journal keeps its cursor.
+
+        A power cut may take the end of the file, which is not synced as the journal is: what is left was read before,
+        and the keeper will number what it writes from there on.
+        """
+        file = paths.keeper_records(role)
+        size = file.stat().st_size if file.exists() else 0
+        if size < cursor.offset:
+            _LOG.warning("records_lost_by_the_disk", role=role, read_bytes=cursor.offset, left_bytes=size)
+            cursor = Cursor(0, size)
         return cls(paths, keeper_number(role), cursor, role=role)
 
     def poll(self) -> list[Record]:

@@ -3,12 +3,14 @@
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from monitors.records import CommitFailedRecord
 from orchestrator.journal import Cursor
 from orchestrator.process.inbox import Bell, Inbox
 from tests.orchestrator.events import step_record
@@ -149,3 +151,24 @@ def _is_readable(bell: Bell) -> bool:
     import select
 
     return bool(select.select([bell], [], [], 0)[0])
+
+
+def test_what_a_keeper_says_after_a_power_cut_is_heard(paths: RunPaths) -> None:
+    """The end of its file is gone, the journal's cursor is not; numbering goes on from what is left of the file."""
+    file = paths.keeper_records("writer")
+
+    def emit(steps: range) -> None:
+        with closing(Reporter.of_keeper(paths, "writer")) as reporter:
+            for step in steps:
+                reporter.emit(CommitFailedRecord, attempt=1, step=step, error="x")
+
+    emit(range(10))
+    before = Inbox.of_keeper(paths, "writer", Cursor())
+    assert len(before.poll()) == 10
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size * 2 // 3)
+
+    after = Inbox.of_keeper(paths, "writer", before.cursor)
+    emit(range(20, 23))
+
+    assert [record.step for record in after.poll() if isinstance(record, CommitFailedRecord)] == [20, 21, 22]
