@@ -159,7 +159,6 @@ class Timeline:
         self, segments: Sequence[Segment], shards: Sequence[SourceShard], *, block_samples: int, window_blocks: int
     ) -> None:
         self._shards = shards
-        self._shards = shards
         self._walks: dict[str, _Walk] = {}
         self._stretches: list[_Stretch] = []
         self._reachable: list[frozenset[int]] = []  # by segment: in it or in a later one
