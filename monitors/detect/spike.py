@@ -194,7 +194,7 @@ class SpikeDetector:
     def _grew(self, event: Event, excess: float) -> bool:
         """Small noise sees a climb leave its band at once: what counts is that it went on growing, row by row."""
         third = len(event.rows) // 3
-        if event.rows[0] != event.first or third < 2:
+        if event.rows[0] != event.first or third < 2 or event.jumped():
             return False
         begin = median(past.loss - event.band.trend(past.step) for past in event.rows[:third])
         return excess >= self._settings.drift_nats and begin < 0.5 * excess and event.peak < 2 * excess
