@@ -33,6 +33,10 @@ class Core(Protocol):
         """The run as it stands."""
         ...
 
+    def needed(self) -> tuple[str, ...]:
+        """Commits that must not leave the local disk before they are in the store."""
+        ...
+
 
 MakeCore = Callable[[bytes | None], Core]
 """An engine: new (None), or as it was in a snapshot."""

@@ -40,6 +40,7 @@ from orchestrator.store_work import Finished, StoreWorker
 from trainer.contract import fence
 from trainer.contract.commands import append_command
 from trainer.contract.config import RunConfig
+from trainer.contract.manifest import parse_commit_id
 from trainer.contract.paths import RunPaths
 from trainer.contract.plan import ResumePlan
 from trainer.contract.store import Store, StoreError
@@ -147,7 +148,7 @@ class Effects:
 
     def _start(self, stored: StoredDecision, decision: StartAttempt) -> None:
         self._starting = stored
-        wait_s = max(0.0, decision.not_before_s - time.time())
+        wait_s = min(decision.wait_s, max(0.0, decision.not_before_s - time.time()))
         if wait_s:
             self.timers.after(wait_s, lambda: self._claim(stored, decision.plan))
         else:
@@ -162,6 +163,10 @@ class Effects:
         store = self.tools.store
         nonce = hashlib.sha256(f"{self.tools.config.name}/{plan.epoch}/{self.tools.nonce}".encode()).hexdigest()[:32]
         present = fence.lineage(store)
+        if plan.candidates:
+            fence.ensure_ours(store, max(parse_commit_id(one).epoch for one in plan.candidates), present.epoch)
+        else:
+            store.make_place()
         if present.epoch == plan.epoch and fence.read_fence(store, plan.epoch).nonce == nonce:
             return  # claimed by us before we died
         if plan.replay is not None:  # commits nothing, so the lineage stays what it was

@@ -108,7 +108,7 @@ def prepare(run: ResolvedRun, *, fresh: bool = False, resume_because: str | None
         data = found.data
         if found.problems:
             raise ConfigError(list(found.problems))
-    if past is None and not fresh and fence.current_epoch(store) is not None:
+    if past is None and not fresh and (fence.current_epoch(store) is not None or fence.commits_present(store)):
         if is_held(paths.lock):  # one that was launched at the same time has just begun
             raise RunHeldError(paths.lock, str(read_holder(paths.lock) or "another process"))
         raise RunExistsError(store.url, paths.root)

@@ -6,6 +6,7 @@ next supervisor restores the engine from the journal, takes a living trainer ove
 what was decided and not done. Decisions in the journal are never computed again.
 """
 
+import json
 import secrets
 import selectors
 import time
@@ -19,6 +20,7 @@ from monitors.metrics import Metrics
 from orchestrator.control import Server
 from orchestrator.core import MakeCore, Setup, Update
 from orchestrator.effects import Effects, Tools
+from orchestrator.files import replace_file
 from orchestrator.frontdesk import FrontDesk, signal_pipe
 from orchestrator.journal import Batch, Folded, Journal, StoredDecision
 from orchestrator.policy.events import (
@@ -65,6 +67,7 @@ class Supervisor:
         self._read_at_s: float | None = None
         self._since_snapshot = 0
         self._metrics_url: str | None = None
+        self._needed: tuple[str, ...] | None = None
 
     def run(self) -> int:
         """Supervise until the run ends; returns the exit code.
@@ -226,6 +229,7 @@ class Supervisor:
         status, attempt = self._core.status(), self._effects.attempt
         incidents = self._telemetry.changed(self._core.incidents())
         self._telemetry.show(status, trainer_up=attempt is not None and attempt.pid is not None)
+        self._say_what_is_needed()
         return self._journal.commit(
             Batch(
                 folded=folded,
@@ -236,6 +240,17 @@ class Supervisor:
                 snapshot=self._core.snapshot() if snapshot else None,
             )
         )
+
+    def _say_what_is_needed(self) -> None:
+        """Said before the events that it follows from are durable: keeping too much for a moment harms nobody."""
+        needed = self._core.needed()
+        if needed == self._needed:
+            return
+        try:
+            replace_file(self._setup.paths.needed_commits, json.dumps(needed).encode())
+            self._needed = needed
+        except OSError as error:  # a full disk; said again with the next commit
+            _LOG.warning("needed_commits_not_said", error=str(error))
 
     # -- what the loop watches --------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class _Running:
     def _run(self, role: KeeperRole, paths: RunPaths, config: RunConfig) -> None:
         with ExitStack() as stack:
             turn: Callable[[], bool] = open_desk(role, paths, config, lambda: None, stack)
-            serve(turn, self._asked.is_set, lambda: None, orphan_s=_ENDS_WITHIN_S)
+            serve(turn, self._asked.is_set, lambda: False, lambda: None, orphan_s=_ENDS_WITHIN_S)
 
     def stop(self) -> None:
         self._asked.set()

@@ -1,7 +1,8 @@
 """`python -m trainer.preflight --config FILE [--json]`: what can be known to be wrong before training starts.
 
 Looks at data, store and disk, names every problem at once with its remedy, and exits 2 if there is one. Torch-free,
-so that the supervisor can ask in a fraction of a second; changes nothing but a probe object that it removes again.
+so that the supervisor can ask in a fraction of a second; changes nothing but a probe object that it removes again,
+and the store's own directory where there is none yet.
 """
 
 import argparse
@@ -156,6 +157,7 @@ def store_problems(config: RunConfig, base_dir: Path) -> list[Problem]:
     try:
         store = open_store(config.store, base_dir, config.name)
         try:
+            store.make_place()
             store.probe()
         finally:
             store.close()

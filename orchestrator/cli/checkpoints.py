@@ -30,7 +30,7 @@ from orchestrator.recovery.prune import prune as delete
 from orchestrator.recovery.prune import sweep
 from orchestrator.recovery.retention import plan_retention
 from orchestrator.report.checkpoints import checkpoint_table, plan_table
-from orchestrator.report.facts import commit_times
+from orchestrator.report.facts import commit_times, run_status
 from orchestrator.report.numbers import short
 from trainer.contract import fence, verdicts
 from trainer.contract.backends import LocalBackend
@@ -72,6 +72,17 @@ class BadDurationError(OrchestratorError):
     """An option is no duration."""
 
     exit_code = 2
+
+
+class StoreEmptyError(OrchestratorError):
+    """The run has committed checkpoints, and its store has none."""
+
+    exit_code = 1
+
+    def __init__(self, url: str, step: int) -> None:
+        super().__init__(
+            f"{url} holds no checkpoint of this run, although step {step} was committed; bring it back (is it mounted?)"
+        )
 
 
 @checkpoints.command("list", epilog="Example: longwatch checkpoints list runs/my-run --json")
@@ -130,6 +141,9 @@ def pin(
     with _store(find_run(run)) as store:
         chosen = _named(list_checkpoints(store), step)
         new = verdicts.pin(store, chosen.id, because)
+        if chosen.id not in fence.commits_present(store):
+            verdicts.unpin(store, chosen.id)
+            raise NoSuchCheckpointError(f"{chosen.id} was pruned in this very moment; pin another one")
     say(f"{chosen.id} is pinned" if new else f"{chosen.id} was pinned already; its first reason stands")
 
 
@@ -222,6 +236,9 @@ def _config(paths: RunPaths) -> RunConfig:
 def _store(paths: RunPaths) -> Iterator[Store]:
     config = _config(paths)
     with closing(open_store(config.store, paths.root, config.name)) as store:
+        stored = run_status(paths).get("last_stored_step")
+        if stored is not None and not fence.commits_present(store):
+            raise StoreEmptyError(store.url, stored)
         yield store
 
 

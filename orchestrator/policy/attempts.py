@@ -55,7 +55,8 @@ def start(ctx: Context, recovery: Recovery, wait_s: float = 0.0) -> None:
                 "replay": ReplaySpec(to_step=state.replay.to_step, capture=True),
             }
         )
-    ctx.decide(StartAttempt(plan=plan, not_before_s=state.now_s + wait_s, incident=recovery.incident))
+    not_before_s = state.now_s - state.clock_set_back_s + wait_s
+    ctx.decide(StartAttempt(plan=plan, not_before_s=not_before_s, wait_s=wait_s, incident=recovery.incident))
 
 
 def failure_every_s(state: EngineState) -> float:

@@ -4,6 +4,7 @@ Every decision is journaled before its effect starts and is idempotent: carried 
 `incident` is the id of its cause.
 """
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -19,11 +20,15 @@ class _Decision(BaseModel):
 
 
 class StartAttempt(_Decision):
-    """Claim `plan.epoch`, write the plan file and spawn the attempt, not before `not_before_s` (unix time)."""
+    """Claim `plan.epoch`, write the plan file and spawn the attempt.
+
+    Not before `not_before_s` (unix time), but never later than `wait_s` from now: the clock may be put right meanwhile.
+    """
 
     kind: Literal["start_attempt"] = "start_attempt"
     plan: ResumePlan
     not_before_s: float = 0.0
+    wait_s: float = math.inf
 
 
 class StopAttempt(_Decision):

@@ -40,6 +40,7 @@ from orchestrator.policy.events import (
 from orchestrator.policy.model import Policy
 from orchestrator.policy.respond import expire_evaluations, on_evaluation, on_finding, respond
 from orchestrator.policy.state import ENDED, EngineState, Incident, Recovery, ReplayRow, RunFacts, RunStatus
+from orchestrator.recovery.target import needed
 from trainer.contract.commands import CheckpointNow
 from trainer.contract.plan import overlay_factor
 
@@ -63,7 +64,7 @@ class Engine:
 
     def fold(self, event: Event) -> list[Decision]:  # noqa: C901  one arm per kind of event
         """Take one event in and return what is to be done about it, in order."""
-        self.state.now_s = max(self.state.now_s, event.at_s)
+        self._tell_time(event.at_s)
         ctx = Context(self.state, self.policy, self.facts)
         match event:
             case RunOpened():
@@ -96,6 +97,12 @@ class Engine:
             case _:
                 assert_never(event)
         return ctx.decisions
+
+    def _tell_time(self, at_s: float) -> None:
+        """A clock that was wrong and is put right must neither stop time nor make a later start wait for it."""
+        state = self.state
+        state.clock_set_back_s = max(state.clock_set_back_s, state.now_s - at_s)
+        state.now_s = max(state.now_s, at_s + state.clock_set_back_s)
 
     # -- events -------------------------------------------------------------------------------------------------
 
@@ -242,7 +249,7 @@ class Engine:
     def status(self) -> RunStatus:
         """The run as it stands."""
         state, budgets = self.state, self.policy.budgets
-        good = [commit.step for commit in state.commits if commit.standing == "good"]
+        good = [commit.step for commit in state.commits if commit.standing == "good" and not commit.tainted]
         return RunStatus(
             state=_PUBLIC_STATE[state.phase],
             step=state.step,
@@ -276,6 +283,12 @@ class Engine:
     def _shard_name(self, shard: int) -> str:
         names = self.state.shard_names
         return names[shard] if shard < len(names) else str(shard)
+
+    def needed(self) -> tuple[str, ...]:
+        """What a recovery of this moment would load, and so does not leave the local disk before it is stored."""
+        state = self.state
+        awaited = state.undelivered.candidates[:1] if state.undelivered is not None else []
+        return needed(state.commits, Context(state, self.policy, self.facts).tainted_from(), awaited)
 
     # -- snapshots ------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from orchestrator.policy.state import Commit, HistoryRow, Incident
 from orchestrator.recovery.retention import Checkpoint, plan_retention
 from trainer.contract.manifest import parse_commit_id
 
+_ACCEPTED_AFTER_STEPS = 500  # as many as prove a checkpoint good after a slow divergence (DESIGN 6)
 _HISTORY_ROWS = 4096  # covers the widest rollback of the shipped policy (2,000 steps) twice
 
 
@@ -40,8 +41,18 @@ def on_step(ctx: Context, record: StepRecord) -> None:
         state.unhealthy_until_step = record.step
     if state.pending is not None:
         return  # the last steps of an attempt that is to leave prove nothing
+    _accept_damage(ctx)
     _promote(ctx)
     _judge_recoveries(ctx)
+
+
+def _accept_damage(ctx: Context) -> None:
+    """What nobody has undone (observe mode, or an evaluation that refuted it) is in the end the run's own course."""
+    state = ctx.state
+    tainting = any(i.is_open and i.cls in TAINTING for i in state.incidents[-64:])
+    healthy_from = max(state.never_back_from or 0, state.unhealthy_until_step)
+    if not tainting and state.step - healthy_from >= _ACCEPTED_AFTER_STEPS:
+        state.never_back_from = None
 
 
 def _promote(ctx: Context) -> None:

@@ -155,7 +155,8 @@ class EngineState(_Mutable):
     """The whole memory of a run."""
 
     phase: RunPhase = "new"
-    now_s: float = 0.0
+    now_s: float = Field(default=0.0, description="never goes back: the clock, plus what it was once set back")
+    clock_set_back_s: float = Field(default=0.0, description="by how much now_s is ahead of the clock")
     attempt: int = 0
     alive: bool = Field(default=False, description="an attempt was decided on and has not ended")
     spawned: bool = Field(default=False, description="its process exists")

@@ -14,6 +14,7 @@ from trainer.contract.manifest import (
     ManifestError,
     ObjectEntry,
     Sealed,
+    commit_in,
     crc32c,
     manifest_key,
     parse_commit_id,
@@ -86,7 +87,9 @@ def with_local(
 def _sizes(store: Store) -> Mapping[str, int]:
     sizes: dict[str, int] = defaultdict(int)
     for item in store.list(_DATA):
-        sizes[item.key.split("/")[1]] += item.bytes
+        commit = commit_in(item.key)
+        if commit is not None:
+            sizes[commit] += item.bytes
     return sizes
 
 

@@ -6,7 +6,7 @@ Only the holder of the newest epoch may call these.
 from collections.abc import Iterable
 
 from trainer.contract import fence, verdicts
-from trainer.contract.manifest import manifest_key, parse_commit_id
+from trainer.contract.manifest import commit_in, manifest_key, parse_commit_id
 from trainer.contract.store import Store
 
 
@@ -16,10 +16,9 @@ def prune(store: Store, commits: Iterable[str]) -> int:
     The manifest goes first, so that there is no moment at which a checkpoint exists without its data. A commit that
     was pinned after the plan was made stays. Calling again after a failure goes on where it stopped (see `sweep`).
     """
-    facts = verdicts.read_verdicts(store)
     freed = 0
     for commit in commits:
-        if facts.of(commit).pinned:
+        if verdicts.is_pinned(store, commit):
             continue
         store.delete(manifest_key(commit))
         freed += _delete_rest(store, commit)
@@ -33,7 +32,7 @@ def sweep(store: Store, epoch: int) -> int:
     """
     base = fence.read_fence(store, epoch)
     known = {*fence.commits_present(store), *base.ancestry, base.base}
-    orphans = {item.key.split("/")[1] for item in store.list("data/")} - known
+    orphans = {name for item in store.list("data/") if (name := commit_in(item.key)) is not None} - known
     return sum(_delete_rest(store, commit) for commit in sorted(orphans) if parse_commit_id(commit).epoch < epoch)
 
 

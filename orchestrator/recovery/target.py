@@ -30,6 +30,14 @@ def process_candidates(commits: Iterable[Commit], tainted_from_step: int | None)
     return _newest_first(eligible)
 
 
+def needed(commits: Iterable[Commit], tainted_from_step: int | None, awaited: Iterable[str]) -> tuple[str, ...]:
+    """What a restart and a rollback of this moment would load, and what one that is under way waits for (`awaited`)."""
+    known = list(commits)
+    restart = process_candidates(known, tainted_from_step)[:1]
+    rollback = _newest_first([c for c in known if _is_good(c)])[:1]
+    return tuple(dict.fromkeys([*awaited, *(commit.id for commit in (*restart, *rollback))]))
+
+
 def _is_good(commit: Commit) -> bool:
     return commit.standing != "bad" and not commit.tainted and (commit.standing == "good" or commit.step == 0)
 

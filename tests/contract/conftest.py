@@ -38,5 +38,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
             server: s3.S3Server = request.getfixturevalue(f"{kind}_server")
             config = server.config(prefix=unique)
     opened = open_store(config, tmp_path, "run-1")
+    opened.make_place()
     yield opened
     opened.close()

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.stores import claimed
 from tests.trainer.saving import Saving, full_state, trained
 from trainer.checkpoint import load_checkpoint
 from trainer.contract import fence
@@ -106,6 +107,10 @@ class Failing:
         """Fail or abort."""
         return self._call(lambda: self.inner.abort_unfinished(prefix, timeout_s), _same, kind="delete")
 
+    def make_place(self) -> None:
+        """Make it."""
+        self.inner.make_place()
+
     def local_path(self, key: str) -> Path | None:
         """As if it were remote."""
         return None
@@ -149,7 +154,7 @@ def _assert_intact(store: Store, commit: str, step: int) -> None:
 def _round(root: Path, plan: dict[int, Failure]) -> int:
     """One commit on a sound store, a second one and its restore on a failing one; returns how many calls were made."""
     backend = LocalBackend(root / "store")
-    sound = Store(backend, "file://sound", 5.0)
+    sound = claimed(Store(backend, "file://sound", 5.0))
     assert _save(sound, root / "first", 3)
     failing = Failing(backend, plan)
     shaky = Store(failing, "file://shaky", 5.0)
@@ -197,6 +202,7 @@ def test_failures_in_pairs(tmp_path_factory: pytest.TempPathFactory, plan: dict[
 def test_a_lost_response_of_the_manifest_is_our_own_commit(tmp_path: Path) -> None:
     """The last call of a save creates the manifest: its answer is lost, its object is recognised by its bytes."""
     backend = LocalBackend(tmp_path / "store")
+    claimed(Store(backend, "file://sound", 5.0))
     counted = Failing(backend)
     assert _save(Store(counted, "file://a", 5.0), tmp_path / "a", 3)
     failing = Failing(backend, {counted.calls: "after"})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from trainer.contract import fence, verdicts
 from trainer.contract.fence import Fence, FenceError, FenceLostError
 from trainer.contract.manifest import commit_id, manifest_key
-from trainer.contract.store import ObjectExists, Store
+from trainer.contract.store import ObjectExists, Store, StoreUnavailable
 
 
 def make_fence(epoch: int, nonce: str = "n" * 16, base: str | None = None, ancestry: tuple[str, ...] = ()) -> Fence:
@@ -56,7 +56,6 @@ def test_one_of_many_claims_wins(store: Store) -> None:
 def test_an_old_writer_learns_that_it_is_old(store: Store) -> None:
     """After a newer claim only commits that it builds on are accepted, and no claim below the newest passes."""
     base, ancestor, other = (commit_id(step, 1, 1) for step in (20, 10, 30))
-    fence.ensure_accepted(store, base)
     fence.claim(store, make_fence(1))
     fence.ensure_accepted(store, other)
     fence.claim(store, make_fence(3, base=base, ancestry=(ancestor,)))
@@ -157,3 +156,14 @@ def test_a_fence_is_never_overwritten(store: Store) -> None:
     fence.claim(store, make_fence(1))
     with pytest.raises(ObjectExists):
         store.create(fence.fence_key(1), b"mine")
+
+
+def test_a_store_without_our_fence_is_not_ours(store: Store) -> None:
+    """Emptied, or another one in its place: a writer waits, it does not go on as if nothing had been there."""
+    name = commit_id(10, 2, 1)
+    for epoch in (0, 1):
+        with pytest.raises(StoreUnavailable, match="has claimed epoch 2"):
+            fence.ensure_accepted(store, name)
+        fence.claim(store, make_fence(epoch))
+    fence.claim(store, make_fence(2))
+    fence.ensure_accepted(store, name)

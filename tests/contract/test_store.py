@@ -12,8 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -116,6 +119,7 @@ def test_a_file_is_copied_where_it_cannot_be_linked(tmp_path: Path, monkeypatch:
 
     source.write_bytes(b"content")
     store = open_store(StoreConfig(url=f"file://{tmp_path}/store"), tmp_path, "run")
+    store.make_place()
     monkeypatch.setattr(os, "link", across_mounts)
     store.put_file("data/x/r0.safetensors", source)
     assert store.read("data/x/r0.safetensors") == b"content"
@@ -156,18 +160,74 @@ def test_accepted_keys_stay_below_the_root(key: str) -> None:
 
 def test_relative_urls_are_relative_to_the_base(tmp_path: Path) -> None:
     """`file://./store` lies beside the run's configuration, an absolute one where it says."""
-    open_store(StoreConfig(url="file://./store"), tmp_path, "run-1").create("a", b"1")
+    beside = open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    beside.make_place()
+    beside.create("a", b"1")
     assert (tmp_path / "store/run-1/a").read_bytes() == b"1"
-    open_store(StoreConfig(url=f"file://{tmp_path}/other"), Path("/nowhere"), "run-1").create("a", b"1")
+    there = open_store(StoreConfig(url=f"file://{tmp_path}/other"), Path("/nowhere"), "run-1")
+    there.make_place()
+    there.create("a", b"1")
     assert (tmp_path / "other/run-1/a").exists()
 
 
 def test_unfinished_local_files_are_not_objects(tmp_path: Path) -> None:
     """What a killed writer left half-written appears in no listing."""
     store = open_store(StoreConfig(url="file://."), tmp_path, "run-1")
+    store.make_place()
     store.create("commits/a.json", b"1")
     (tmp_path / "run-1/commits/.part-dead").write_bytes(b"half")
     assert [item.key for item in store.list()] == ["commits/a.json"]
+
+
+def test_a_directory_that_is_gone_is_not_an_empty_one(tmp_path: Path) -> None:
+    """A file system that was unmounted: nothing is written in its place, and nothing counts as deleted."""
+    store = open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    store.make_place()
+    store.create("commits/a", b"1")
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    file = tmp_path / "file"
+    file.write_bytes(b"2")
+    for call in (
+        lambda: store.create("commits/b", b"1"), lambda: store.put_file("data/c", file),
+        lambda: store.read("commits/a"), lambda: store.size("commits/a"), store.probe,
+    ):  # fmt: skip
+        with pytest.raises(StoreUnavailable, match="mounted"):
+            call()
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "store")
+    assert store.read("commits/a") == b"1"
+
+
+def test_names_of_others_are_not_listed(tmp_path: Path) -> None:
+    """What a file server, an editor or a person leaves among the objects is nobody's object."""
+    store = open_store(StoreConfig(url="file://."), tmp_path, "run-1")
+    store.make_place()
+    store.create("data/a", b"1")
+    for name in (".nfs0001", "a copy", "a~"):
+        (tmp_path / "run-1/data" / name).write_bytes(b"2")
+    assert [item.key for item in store.list("data/")] == ["data/a"]
+
+
+class _StrangeError(Exception):
+    """What a library that we do not know raises: no OSError."""
+
+
+class _StrangeFileSystem(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A file system of such a library, which is away."""
+
+    protocol = "strange"
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        """No answer."""
+        raise _StrangeError("503 from somewhere")
+
+
+def test_errors_of_an_unknown_library_mean_no_answer(tmp_path: Path) -> None:
+    """They must neither end a supervisor nor be taken for an object that is missing."""
+    fsspec.register_implementation("strange", _StrangeFileSystem, clobber=True)
+    store = open_store(StoreConfig(url="strange://bucket"), tmp_path, "run-1")
+    with pytest.raises(StoreUnavailable, match="503 from somewhere"):
+        store.read("commits/a")
 
 
 class _Forgetful(LocalBackend):
@@ -303,6 +363,7 @@ from trainer.contract.config import StoreConfig
 from trainer.contract.store import StoreError, open_store
 store = open_store(StoreConfig(url="file://."), Path(sys.argv[1]), "run-1")
 try:
+    store.make_place()
     store.probe()
     store.create("a", bytes(4 << 20))
 except StoreError as error:
@@ -332,6 +393,7 @@ def _in_namespace(script: str, directory: Path) -> subprocess.CompletedProcess[s
 def test_a_listing_while_objects_come_and_go(tmp_path: Path) -> None:
     """What vanishes between the look at a directory and the look at the file is left out, and is no error."""
     store = open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    store.make_place()
     store.create("commits/staying", b"1")
     ended = threading.Event()
 

@@ -70,6 +70,7 @@ def test_multipart_uploads_of_the_killed_are_ended(request: pytest.FixtureReques
 def test_files_that_were_being_written_are_removed(tmp_path: Path) -> None:
     """On a disk these are private files beside the objects; other prefixes and whole objects stay."""
     store = open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    store.make_place()
     store.create("data/c/whole", b"1")
     store.create("verdicts/whole", b"1")
     root = tmp_path / "store/run-1"

@@ -16,6 +16,7 @@ import torch
 
 from orchestrator.launching import set_aside
 from orchestrator.process.keepers import Keepers
+from tests.stores import claimed
 from tests.trainer.saving import Saving, full_state, trained
 from trainer.checkpoint import Author, Snapshotter, load_checkpoint
 from trainer.contract import arena
@@ -46,7 +47,7 @@ class Bench:
         }
         self.config = RunConfig.model_validate(settings | changes)
         self.paths.run_yaml.write_text(self.config.model_dump_json(by_alias=True))
-        self.store = open_store(self.config.store, self.paths.root, "r")
+        self.store = claimed(open_store(self.config.store, self.paths.root, "r"))
         self.tier = LocalTier(self.paths.local_tier)
         self.keepers = Keepers(self.paths, {}, silence_s=30.0)
         self.snapshotter = Snapshotter(self.paths.arena, Author("r", 1, 1, "c"), object_bytes=700)
@@ -169,6 +170,16 @@ def test_a_run_that_is_set_aside_takes_its_keepers_with_it(bench: Bench) -> None
     assert not os.path.exists(memory)
 
 
+def test_keepers_of_a_directory_that_was_removed_leave(bench: Bench) -> None:
+    """Whoever deletes a run directory and launches again gets no second writer from the past."""
+    bench.until(lambda: all(bench.paths.keeper_liveness(role).exists() for role in KEEPER_ROLES), "both to listen")
+    old = [keeper.process for keeper in bench.keepers._keepers.values()]
+    bench.keepers.let_go()
+    for role in KEEPER_ROLES:
+        bench.paths.keeper_lock(role).unlink()
+    assert [process.wait(_DEADLINE_S) for process in old if process is not None] == [0, 0]
+
+
 def test_a_new_supervisor_ends_those_of_the_old(bench: Bench) -> None:
     """Two of a role never work at once: the old ones are killed before the new ones start."""
     old = [keeper.process for keeper in bench.keepers._keepers.values()]
@@ -224,10 +235,13 @@ def test_a_damaged_local_copy_is_not_sent(tmp_path: Path) -> None:
 
 
 def test_a_store_that_is_away_gets_the_newest_first(tmp_path: Path) -> None:
-    """While nothing can be stored the local disk is bounded, what is passed over is told, and the newest arrives."""
-    blocked = tmp_path / "s"
-    blocked.write_text("a file where the directory should be")
+    """While nothing can be stored the local disk is bounded, what is passed over is told, and what a recovery needs
+    stays on it; the newest arrives when the file system is mounted again, and nothing was written in its place."""
+    place, unmounted = tmp_path / "s", tmp_path / "unmounted"
     bench = Bench(tmp_path)
+    place.rename(unmounted)
+    needed = commit_id(1, 1, 1)
+    bench.paths.needed_commits.write_text(json.dumps([needed]))
     bench.keepers.start()
     try:
         for step in range(1, 7):
@@ -235,12 +249,14 @@ def test_a_store_that_is_away_gets_the_newest_first(tmp_path: Path) -> None:
             newest = bench.snapshot(step)
             bench.until(lambda: not arena.has_pending(bench.paths.arena), "the disk")
         keep = bench.config.checkpoint.keep_local
-        bench.until(lambda: len(bench.tier.inventory().waiting) <= keep + 1, "room to be made")
-        blocked.unlink()
-        bench.until(lambda: newest in commits_present(bench.store), "the newest")
+        bench.until(lambda: len(bench.tier.inventory().waiting) <= keep + 2, "room to be made")
+        assert needed in bench.tier.inventory().waiting
+        assert not place.exists()
+        unmounted.rename(place)
+        bench.until(lambda: {newest, needed} <= {*commits_present(bench.store)}, "the newest and what is needed")
         gone = {row["step"] for role in KEEPER_ROLES for row in bench.records(role) if row.get("gone")}
         arrived = {int(commit[:12]) for commit in commits_present(bench.store)}
-        assert {1, 2} <= gone
+        assert {2, 3} <= gone
         assert gone.isdisjoint(arrived)
         assert commit_id(6, 1, 1) == newest
     finally:
@@ -281,7 +297,7 @@ class _NoFaults:
 
 def test_a_disk_that_takes_no_marks(tmp_path: Path) -> None:
     """The upload that will make room is done all the same; what is in the store and can't be marked so goes."""
-    store = open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    store = claimed(open_store(StoreConfig(url="file://./store"), tmp_path, "run-1"))
     paths = RunPaths(tmp_path / "run")
     paths.create()
     with Saving(store, paths.root) as saving, closing(Reporter.of_keeper(paths, "uploader")) as reporter:
@@ -307,7 +323,7 @@ class _NoHousekeeping(Store):
 
 def test_housekeeping_that_is_denied_holds_up_no_upload(tmp_path: Path) -> None:
     """A minimal policy for a bucket often lacks just this permission."""
-    store = _NoHousekeeping(LocalBackend(tmp_path / "store"), "test://", 1.0)
+    store = claimed(_NoHousekeeping(LocalBackend(tmp_path / "store"), "test://", 1.0))
     paths = RunPaths(tmp_path / "run")
     paths.create()
     with Saving(store, paths.root) as saving, closing(Reporter.of_keeper(paths, "uploader")) as reporter:

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tests.stores import claimed
 from tests.trainer.saving import COMMIT, STEP, Saving, full_state, trained
 from trainer.checkpoint import CheckpointError, load_checkpoint
 from trainer.checkpointing.load import ArenaTier, StoreTier, Tier
@@ -26,7 +27,7 @@ from trainer.keeping.persist import SlotLostError, describe, persist, reserve
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """A store on disk, which is not the local tier."""
-    return open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    return claimed(open_store(StoreConfig(url="file://./store"), tmp_path, "run-1"))
 
 
 def _state() -> dict[str, Tensor]:

@@ -152,6 +152,10 @@ class RestartingCore:
         """State as JSON."""
         return self.state.model_dump_json().encode()
 
+    def needed(self) -> tuple[str, ...]:
+        """Nothing is kept."""
+        return ()
+
     def incidents(self) -> list[Incident]:
         """All incidents."""
         return self.state.incidents

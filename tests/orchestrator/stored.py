@@ -32,6 +32,7 @@ class StoredRun:
         self.config = resolved.config
         self.paths: RunPaths = resolved.paths
         self.store: Store = open_store(self.config.store, here, self.config.name)
+        self.store.make_place()
 
     def claim(self, epoch: int, base: str | None = None, ancestry: tuple[str, ...] = ()) -> None:
         """An attempt began to write: its fence, and the decision in the journal."""

@@ -19,6 +19,7 @@ from trainer.contract.store import ObjectMissing, Store, open_store
 def store(tmp_path: Path) -> Store:
     """A store on disk with three commits of epoch 1: steps 0, 10 and 20."""
     opened = open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    opened.make_place()
     claim(opened, 1)
     for step in (0, 10, 20):
         save(opened, tmp_path, step, 1)

@@ -19,6 +19,7 @@ from orchestrator.policy.model import Policy
 from orchestrator.policy.state import Commit, RunFacts
 from orchestrator.process.lock import RunLock
 from orchestrator.recovery.catalog import list_checkpoints
+from tests.orchestrator.clirun import write_journal
 from tests.orchestrator.stored import StoredRun, step_of
 from tests.trainer import saving
 from trainer.contract.manifest import commit_id
@@ -139,6 +140,19 @@ def test_pins_come_and_go(stored: StoredRun, capsys: pytest.CaptureFixture[str])
 
     assert run(["checkpoints", "unpin", commit_id(40, 1, 1)]) == 0
     assert not any(row["pinned"] for row in _json(capsys)["checkpoints"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["verify", "--all"], ["prune", "--yes"], ["pin", "40", "--because", "x"]]
+)
+def test_a_store_that_is_away_is_not_an_empty_one(
+    stored: StoredRun, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unmounted file system: every verb says so, and nothing looks healthy."""
+    write_journal(stored.paths, "stopped", last_stored_step=55)
+    (stored.here / "store").rename(stored.here / "elsewhere")
+    assert run(["checkpoints", *arguments]) == 1
+    assert "although step 55 was committed; bring it back (is it mounted?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

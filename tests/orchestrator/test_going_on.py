@@ -67,6 +67,7 @@ def test_run_in_the_store_is_never_started_from_scratch_silently(here: Path) -> 
     """A run directory was lost: refused with the ways on; `--fresh` says that it is meant."""
     resolved = resolve(write_run(here))
     with closing(open_store(resolved.config.store, here, resolved.config.name)) as store:
+        store.make_place()
         fence.claim(store, fence.Fence(run_id="tiny", epoch=3, nonce="n" * 16, host="h", pid=1, base=None))
 
     with pytest.raises(RunExistsError, match="--fresh"):
@@ -202,6 +203,7 @@ def test_a_damaged_fence_is_named_with_its_remedy(here: Path, capsys: pytest.Cap
     write_resolved(made)
     write_journal(made.paths)
     with closing(open_store(made.config.store, here, made.config.name)) as store:
+        store.make_place()
         store.create(fence.fence_key(1), b"{")
 
     assert run(["checkpoints", str(made.paths.root)]) == 1

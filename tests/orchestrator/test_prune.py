@@ -22,7 +22,7 @@ from trainer.contract.manifest import (
     seal,
 )
 from trainer.contract.store import Store, StoreError
-from trainer.contract.verdicts import write_verdict
+from trainer.contract.verdicts import pin, write_verdict
 
 _STEPS = (0, 10, 20, 30)
 
@@ -59,6 +59,7 @@ def _commit(store: Store, step: int) -> str:
 
 
 def _claim(store: Store, epoch: int) -> None:
+    store.make_place()
     present = fence.commits_present(store)
     body = fence.Fence(
         run_id="r", epoch=epoch, nonce=f"{epoch:016d}", host="h", pid=1,
@@ -110,3 +111,40 @@ def test_what_may_not_be_deleted_stops_everything(tmp_path: Path) -> None:
     with pytest.raises(StoreError):
         prune(store, [name])
     assert verify(store, name).ok
+
+
+class _Pinning(LocalBackend):
+    """A person pins a checkpoint while another one is being deleted."""
+
+    pinned: str | None = None
+
+    def delete(self, key: str, timeout_s: float) -> None:
+        """Delete, and let the person act."""
+        super().delete(key, timeout_s)
+        if self.pinned is not None:
+            name, self.pinned = self.pinned, None
+            pin(Store(LocalBackend(self.root), "file://x", 10.0), name, "wanted")
+
+
+def test_a_pin_that_comes_late_holds(tmp_path: Path) -> None:
+    """What is pinned while retention is at work, and was not deleted yet, stays."""
+    backend = _Pinning(tmp_path)
+    store = Store(backend, "file://x", 10.0)
+    _claim(store, 1)
+    first, second = _commit(store, 0), _commit(store, 10)
+    backend.pinned = second
+    prune(store, [first, second])
+    assert [one.id for one in list_checkpoints(store)] == [second]
+    assert verify(store, second).ok
+
+
+def test_a_sweep_leaves_what_is_none_of_ours(tmp_path: Path) -> None:
+    """Foreign files below `data/` are neither deleted nor in the way."""
+    store = Store(LocalBackend(tmp_path), "file://x", 10.0)
+    _claim(store, 1)
+    store.create("data/notes.txt", b"1")
+    store.create("data/old/part", b"1")
+    store.create(data_key(commit_id(40, 1, 1), "r0-0"), b"123")
+    _claim(store, 2)
+    assert sweep(store, 2) == 3
+    assert [item.key for item in store.list("data/")] == ["data/notes.txt", "data/old/part"]

@@ -321,6 +321,7 @@ def test_an_epoch_that_somebody_else_holds_stops_us(tmp_path: Path) -> None:
     """Nothing is started beside another writer."""
     run = SmallRun(tmp_path, {"steps": 5})
     store = open_store(run.config.store, tmp_path, "run")
+    store.make_place()
     claim(store, Fence(run_id="run", epoch=1, nonce="x" * 16, host="other", pid=1))
     with pytest.raises(RunSupersededError, match="nothing was started"):
         run.supervise()

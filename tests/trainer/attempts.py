@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from tests.keepers import keepers
+from tests.stores import claimed
 from trainer.attempt import Attempt
 from trainer.contract.config import RunConfig
 from trainer.contract.fence import commits_present
 from trainer.contract.paths import KEEPER_ROLES, RunPaths
 from trainer.contract.plan import ResumePlan
 from trainer.contract.store import Store, open_store
+from trainer.keeping.tier import LocalTier
 
 VOCAB = 64
 SHARD_TOKENS = 4000
@@ -92,6 +94,8 @@ class TinyRun:
         fields = {"run_id": self.config.name, "attempt": attempt, "epoch": attempt, **start, **changes}
         plan = ResumePlan.model_validate(fields)
         self.paths.plan(attempt).write_text(plan.model_dump_json())
+        known = (*commits_present(self.store), *commits_present(LocalTier(self.paths.local_tier).store))
+        claimed(self.store, plan.epoch, ancestry=known)
         return plan
 
     def run(self, attempt: int = 1, *, keep_arena: bool = False, **changes: Any) -> int:

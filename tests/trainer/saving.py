@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tests.stores import claimed
 from trainer.checkpoint import Author, Health, Parent, Snapshotter, model_tensors, named_parameters, optimizer_tensors
 from trainer.contract import arena
 from trainer.contract.arena import ArenaReader, Slot
@@ -135,5 +136,5 @@ def save(
     epoch: int = 1,
 ) -> Sealed:  # fmt: skip
     """One save of an attempt that does nothing else."""
-    with Saving(store, root, epoch) as saving:
+    with Saving(claimed(store, epoch), root, epoch) as saving:
         return saving.save(tensors, step, extra)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.stores import claimed
 from tests.trainer.saving import COMMIT, STEP, Saving, TinyModel, full_state, save, train, trained
 from trainer.checkpoint import (
     CheckpointError,
@@ -28,7 +29,7 @@ from trainer.contract.store import Store, StoreUnavailable, open_store
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """A store on disk."""
-    return open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    return claimed(open_store(StoreConfig(url="file://./store"), tmp_path, "run-1"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -126,7 +127,7 @@ def test_commits_name_their_parents(store: Store, tmp_path: Path) -> None:
     assert parent is not None
     assert (parent.commit, parent.digest) == (first.manifest.commit, first.digest)
     assert loaded.parent.digest == second.digest == unseal(store.read(manifest_key(second.manifest.commit))).digest
-    with Saving(store, tmp_path, epoch=2, loaded=loaded.parent) as saving:
+    with Saving(claimed(store, 2), tmp_path, epoch=2, loaded=loaded.parent) as saving:
         third = saving.save({"model.w": torch.ones(2)}, 3)
     assert third.manifest.parent == loaded.parent
 
@@ -194,7 +195,7 @@ class _Failing(LocalBackend):
 def test_an_upload_that_failed_is_done_again(tmp_path: Path) -> None:
     """Failed calls are tried again within one upload; an upload that failed whole leaves the local copy for another."""
     backend = _Failing(tmp_path / "failing")
-    store = Store(backend, "test://", 1.0)
+    store = claimed(Store(backend, "test://", 1.0))
     with Saving(store, tmp_path) as saving:
         commit = saving.snapshot({"model.w": torch.ones(1)})
         saving.persist()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.stores import claimed
 from tests.trainer.saving import COMMIT, STEP, full_state, save, trained
 from trainer.checkpoint import CheckpointError, load_checkpoint
 from trainer.contract.backends import LocalBackend
@@ -18,7 +19,7 @@ from trainer.contract.store import Store, StoreUnavailable, open_store
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """A store on disk."""
-    return open_store(StoreConfig(url="file://./store"), tmp_path, "run-1")
+    return claimed(open_store(StoreConfig(url="file://./store"), tmp_path, "run-1"))
 
 
 def test_an_unreachable_store_condemns_nothing(store: Store, tmp_path: Path) -> None:

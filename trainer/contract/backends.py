@@ -47,6 +47,9 @@ class Backend(Protocol):
     def list(self, prefix: str, timeout_s: float) -> list[tuple[str, int]]:
         """Keys below `prefix` (empty, or ending in a slash) with their sizes, sorted, as they are now."""
 
+    def make_place(self) -> None:
+        """Make what keys lie below, where that is a directory; nothing else does, so that one that is gone is seen."""
+
     def delete(self, key: str, timeout_s: float) -> None:
         """Remove an object; one that is not there is no error."""
 
@@ -61,7 +64,11 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """Objects are files below `root`; durable when a call returns."""
+    """Objects are files below `root`; durable when a call returns.
+
+    A root that is not there, say because its file system was unmounted, is an error of its own (ENODEV): neither is it
+    made again on the wrong disk, nor do its objects count as deleted.
+    """
 
     errors: tuple[type[Exception], ...] = (OSError,)
 
@@ -106,13 +113,21 @@ class LocalBackend:
 
     def read(self, key: str, start: int, end: int | None, timeout_s: float) -> bytes:
         """Read from the file."""
-        with (self.root / key).open("rb") as file:
-            file.seek(start)
-            return file.read(-1 if end is None else max(0, end - start))
+        try:
+            with (self.root / key).open("rb") as file:
+                file.seek(start)
+                return file.read(-1 if end is None else max(0, end - start))
+        except FileNotFoundError:
+            self._must_be_there()
+            raise
 
     def size(self, key: str, timeout_s: float) -> int:
         """Stat the file."""
-        return (self.root / key).stat().st_size
+        try:
+            return (self.root / key).stat().st_size
+        except FileNotFoundError:
+            self._must_be_there()
+            raise
 
     def list(self, prefix: str, timeout_s: float) -> list[tuple[str, int]]:
         """Walk the directory; a file that vanishes meanwhile is left out."""
@@ -124,6 +139,10 @@ class LocalBackend:
                     with contextlib.suppress(FileNotFoundError):
                         found.append((path.relative_to(self.root).as_posix(), path.stat().st_size))
         return sorted(found)
+
+    def make_place(self) -> None:
+        """Make the directory, durably."""
+        _make_directory(self.root)
 
     def delete(self, key: str, timeout_s: float) -> None:
         """Unlink the file and directories that this leaves empty."""
@@ -149,13 +168,15 @@ class LocalBackend:
         """Nothing is held open."""
 
     def _prepare(self, key: str) -> Path:
-        """Make the directories of a key, durably: a lost directory entry would lose the object with it."""
+        """Make the directories of a key."""
+        self._must_be_there()
         target = self.root / key
-        missing = [parent for parent in target.parents if not parent.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for directory in missing:
-            _sync_directory(directory.parent)
+        _make_directory(target.parent)
         return target
+
+    def _must_be_there(self) -> None:
+        if not self.root.is_dir():
+            raise OSError(errno.ENODEV, "the directory is gone (is it mounted?)", str(self.root))
 
 
 class FsspecBackend:
@@ -205,6 +226,9 @@ class FsspecBackend:
         keys = ((name[len(self._root) :].lstrip("/"), int(info["size"] or 0)) for name, info in files)
         return sorted((key, size) for key, size in keys if key and key.startswith(prefix))
 
+    def make_place(self) -> None:
+        """A bucket is made by a person; a prefix needs no making."""
+
     def delete(self, key: str, timeout_s: float) -> None:
         """Remove one object."""
         try:
@@ -246,6 +270,14 @@ class FsspecBackend:
 
     def _call(self, method: Callable[..., Any], *args: Any, timeout_s: float, **kwargs: Any) -> Any:
         return call(self._fs, method, *args, timeout_s=timeout_s, **kwargs)
+
+
+def _make_directory(path: Path) -> None:
+    """Durably: a lost directory entry would lose the objects with it."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for directory in missing:
+        _sync_directory(directory.parent)
 
 
 def _sync_file(path: Path) -> None:

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from trainer.contract.manifest import COMMITS, CommitIdText, parse_commit_id
 from trainer.contract.plan import Contract
-from trainer.contract.store import ObjectExists, Store
+from trainer.contract.store import ObjectExists, Store, StoreUnavailable
 
 FENCES = "fence/"
 _FENCE_KEY = re.compile(r"fence/e(\d{1,10})\.json")
@@ -92,12 +92,26 @@ def ensure_accepted(store: Store, commit: str) -> None:
 
     Raises:
         FenceLostError: a later epoch was claimed that does not build on this commit.
+        StoreUnavailable: the commit's own fence is gone, so this is not the store that the run writes to.
     """
     epoch, newest = parse_commit_id(commit).epoch, current_epoch(store)
+    ensure_ours(store, epoch, newest)
     if newest is not None and newest > epoch:
         claimed = read_fence(store, newest)
         if commit not in (claimed.base, *claimed.ancestry):
             raise FenceLostError(epoch, newest)
+
+
+def ensure_ours(store: Store, epoch: int, newest: int | None) -> None:
+    """An epoch that was claimed is in the store for good; a store without it is another, or was emptied.
+
+    Raises:
+        StoreUnavailable: the newest epoch there is an older one, or none.
+    """
+    if newest is None or newest < epoch:
+        has = "no epoch at all" if newest is None else f"no epoch after {newest}"
+        why = f"it has {has}, although this run has claimed epoch {epoch}; is the right one there, and mounted?"
+        raise StoreUnavailable(store.url, why, fence_key(epoch))
 
 
 def current_epoch(store: Store) -> int | None:

@@ -25,6 +25,7 @@ _BODY_START = _DIGEST_END + len(_NECK)
 
 CommitIdText = Annotated[str, Field(pattern=r"^\d{12}-e\d{1,10}-\d{1,10}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_DATA_KEY = re.compile(r"data/(\d{12}-e\d{1,10}-\d{1,10})/")
 DataKey = Annotated[str, Field(pattern=r"^data/\d{12}-e\d{1,10}-\d{1,10}/[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -71,6 +72,12 @@ def data_key(commit: str, name: str) -> str:
     """Where one of a commit's objects lies."""
     parse_commit_id(commit)
     return f"data/{commit}/{name}"
+
+
+def commit_in(key: str) -> str | None:
+    """The commit whose object lies under this key; None for a key that is none of ours."""
+    found = _DATA_KEY.match(key)
+    return None if found is None else found[1]
 
 
 class ObjectEntry(Contract):

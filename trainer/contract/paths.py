@@ -6,6 +6,7 @@ from typing import Literal
 
 #: The processes that keep snapshots: the writer puts them on disk, the uploader sends them to the store.
 KeeperRole = Literal["writer", "uploader"]
+NEEDED = "needed.json"  # in the local tier
 KEEPER_ROLES: tuple[KeeperRole, ...] = ("writer", "uploader")
 
 
@@ -69,6 +70,11 @@ class RunPaths:
     def local_tier(self) -> Path:
         """Checkpoints on this disk, before and beside those in the store."""
         return self.root / "checkpoints"
+
+    @property
+    def needed_commits(self) -> Path:
+        """Commits that must not leave the local disk before the store has them: a JSON list, by the supervisor."""
+        return self.local_tier / NEEDED
 
     def keeper_lock(self, role: KeeperRole) -> Path:
         """flock held by the one process of that role."""

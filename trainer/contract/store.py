@@ -91,9 +91,13 @@ def check_key(key: str) -> str:
     Raises:
         KeyInvalid: it is not.
     """
-    if len(key) > 512 or not _KEY.fullmatch(key):
+    if not _is_key(key):
         raise KeyInvalid(f"{key!r} is no store key; use letters, digits, '.', '_', '-' between single slashes")
     return key
+
+
+def _is_key(key: str) -> bool:
+    return len(key) <= 512 and _KEY.fullmatch(key) is not None
 
 
 class Store:
@@ -127,7 +131,7 @@ class Store:
         The key must be unique to this writer: after a lost response an object of the same size counts as ours.
         """
         check_key(key)
-        size = path.stat().st_size
+        size = self._guard(key, lambda: path.stat().st_size)
         timeout_s = self._transfer_timeout(size)
         self._create(key, lambda: self.backend.put_file(key, path, timeout_s), lambda: self.size(key) == size)
 
@@ -157,12 +161,15 @@ class Store:
         return self._guard(key, lambda: self.backend.size(key, self.timeout_s))
 
     def list(self, prefix: str = "") -> list[StoredObject]:
-        """What lies below `prefix` now, sorted by key; the prefix is empty or ends with a slash."""
+        """What lies below `prefix` now, sorted by key; the prefix is empty or ends with a slash.
+
+        Names that no key can have are somebody else's and are left out.
+        """
         if prefix:
             check_key(prefix.removesuffix("/"))
             prefix = prefix.removesuffix("/") + "/"
         found = self._guard(None, lambda: self.backend.list(prefix, self.timeout_s))
-        return [StoredObject(key, size) for key, size in found]
+        return [StoredObject(key, size) for key, size in found if _is_key(key)]
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error."""
@@ -184,6 +191,10 @@ class Store:
     def close(self) -> None:
         """Release connections."""
         self.backend.close()
+
+    def make_place(self) -> None:
+        """Make the place where objects will lie, for a store in a directory. Only for a run that begins."""
+        self._guard(None, self.backend.make_place)
 
     def probe(self) -> None:
         """Create one key twice and remove it: is the store there, writable, and does it honour create-only?
@@ -253,6 +264,8 @@ def _meaning(url: str, key: str | None, error: Exception) -> StoreError:
             return StoreFull(url, "no space left; free some, or keep fewer checkpoints (checkpoint.keep_good)", key)
         case OSError(errno=errno.EROFS):
             return StoreReadOnly(url, "the file system is read-only; remount it, or choose another store.url", key)
+        case OSError(errno=errno.ENODEV) if url.startswith("file:"):
+            return StoreUnavailable(url, "its directory is gone; is the file system mounted?", key)
         case PermissionError() if url.startswith("file:"):
             return StoreReadOnly(url, "the directory is not writable by this user; change its owner or store.url", key)
         case PermissionError():
@@ -319,9 +332,12 @@ def _options(config: StoreConfig, protocol: str, url: str, env: Mapping[str, str
 
 
 def _errors_of(protocol: str) -> tuple[type[Exception], ...]:
-    """What a protocol's library raises beside OSError; imported only where it is used."""
+    """What a protocol's library raises beside OSError; imported only where it is used.
+
+    Of a library that we do not know, whatever it raises means that there was no answer.
+    """
     if protocol not in ("s3", "s3a"):
-        return (OSError,)
+        return (OSError,) if protocol == "memory" else (Exception,)
     from aiohttp import ClientError as TransportError
     from botocore.exceptions import BotoCoreError, ClientError
 

@@ -88,6 +88,11 @@ def unpin(store: Store, commit: str) -> None:
     store.delete(pin_key(commit))
 
 
+def is_pinned(store: Store, commit: str) -> bool:
+    """Whether a person keeps it, as it is at this moment."""
+    return any(item.key == pin_key(commit) for item in store.list("pins/"))
+
+
 def read_verdicts(store: Store) -> Verdicts:
     """All facts, from two listings; nothing is opened."""
     facts: dict[str, set[str]] = {}

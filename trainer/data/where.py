@@ -24,6 +24,7 @@ from trainer.data.whereabouts import lines_of
 Answer = dict[str, Any]
 _MOST_AHEAD = 1 << 24  # samples: a few seconds of looking ahead
 _CHUNK_SAMPLES = 1 << 16
+_BEYOND = 1 << 63
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _natural(text: str) -> int:
     number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
+    if not 0 <= number < _BEYOND:
+        raise argparse.ArgumentTypeError("must be between 0 and 2^63 - 1")
     return number
 
 

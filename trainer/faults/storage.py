@@ -63,6 +63,10 @@ class FaultyBackend:
         self._fail()
         return self._inner.abort_unfinished(prefix, timeout_s)
 
+    def make_place(self) -> None:
+        """Make the place."""
+        self._inner.make_place()
+
     def local_path(self, key: str) -> Path | None:
         """Path on this machine's disk."""
         return self._inner.local_path(key)

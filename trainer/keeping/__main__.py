@@ -1,7 +1,8 @@
 """`python -m trainer.keeping ROLE --run-dir DIR`: the writer or the uploader of a run, as the supervisor starts it.
 
 Asked to leave (SIGTERM) it does what is still to be done first. Without a supervisor it goes on, because a trainer may
-go on too, and leaves when there has been nothing to do for as long as an orphaned trainer stays.
+go on too, and leaves when there has been nothing to do for as long as an orphaned trainer stays. It leaves at once when
+its lock file is no longer the one that it began with: the run directory was removed, and another may lie there now.
 """
 
 import argparse
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         liveness.enter(Phase.SAVE)
         config = read_config(paths.run_yaml)
         turn = open_desk(role, paths, config, lambda: liveness.beat(0), stack)
-        serve(turn, lambda: bool(stop), lambda: liveness.beat(0), config.deadlines.orphan_s)
+        displaced = watch_place(paths.keeper_lock(role))
+        serve(turn, lambda: bool(stop), displaced, lambda: liveness.beat(0), config.deadlines.orphan_s)
     return 0
 
 
@@ -66,11 +68,31 @@ def open_desk(
     return Uploader(paths, faults.store, reporter, beat, faults, keep=keep, clock=time.monotonic).turn
 
 
-def serve(turn: Callable[[], bool], leaving: Callable[[], bool], beat: Callable[[], None], orphan_s: float) -> None:
-    """Turn after turn, until asked to leave and nothing is to be done, or forgotten for too long."""
+def watch_place(lock: Path) -> Callable[[], bool]:
+    """Whether the file of this name has become another since now, or is gone."""
+
+    def identity() -> tuple[int, int] | None:
+        try:
+            found = lock.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    begun = identity()
+    return lambda: identity() != begun
+
+
+def serve(
+    turn: Callable[[], bool], leaving: Callable[[], bool], displaced: Callable[[], bool], beat: Callable[[], None],
+    orphan_s: float,
+) -> None:  # fmt: skip
+    """Turn after turn, until asked to leave and nothing is to be done, displaced, or forgotten for too long."""
     parent = os.getppid()
     busy_s = time.monotonic()
     while True:
+        if displaced():
+            log.warning("leaving", why="the run directory was removed")
+            return
         beat()
         asked = leaving()  # before the turn: what came in before the question is still done
         if turn():

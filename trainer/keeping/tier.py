@@ -1,11 +1,13 @@
 """Checkpoints on the node's own disk: laid out like the store, plus what has become of each on its way there."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.contract import fence
 from trainer.contract.backends import LocalBackend
 from trainer.contract.manifest import Sealed, crc32c, manifest_key, parse_commit_id, unseal
+from trainer.contract.paths import NEEDED
 from trainer.contract.store import ObjectExists, ObjectMissing, Store
 
 _UPLOADED = "uploaded/"
@@ -23,6 +25,12 @@ class Inventory:
     waiting: tuple[str, ...]
     uploaded: tuple[str, ...]
     uploading: str | None
+    needed: frozenset[str] = frozenset()
+
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """Those waiting that may be passed over: not the newest, nor what a recovery of this moment would load."""
+        return tuple(commit for commit in self.waiting[:-1] if commit not in self.needed and commit != self.uploading)
 
 
 class LocalTier:
@@ -31,6 +39,7 @@ class LocalTier:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.store = Store(LocalBackend(root), f"file://{root}", 3600.0)
+        self.store.make_place()
 
     @property
     def scratch(self) -> Path:
@@ -46,7 +55,15 @@ class LocalTier:
             tuple(commit for commit in commits if commit not in uploaded),
             tuple(commit for commit in commits if commit in uploaded),
             uploading[0] if uploading else None,
+            self._needed(),
         )
+
+    def _needed(self) -> frozenset[str]:
+        """What the supervisor has said last; nothing, as long as it has said nothing."""
+        try:
+            return frozenset(json.loads((self.root / NEEDED).read_bytes()))
+        except (FileNotFoundError, ValueError):
+            return frozenset()
 
     def manifest(self, commit: str) -> Sealed:
         """The manifest of a commit.
@@ -106,25 +123,26 @@ def choose_next(inventory: Inventory, keep: int, *, behind: bool) -> tuple[str |
     """What to upload next, and what is passed over for it. Pure.
 
     In order, as long as the store keeps up; the newest first when the last try failed (`behind`). Once more than `keep`
-    wait, all but the newest are given up: the interval at which the store gets checkpoints widens, that of the local
-    disk does not.
+    wait, all but the newest are given up, save what a recovery needs: the interval at which the store gets checkpoints
+    widens, that of the local disk does not.
     """
     waiting = inventory.waiting
     if not waiting:
         return None, ()
     if len(waiting) > keep:
-        return waiting[-1], waiting[:-1]
+        return waiting[-1], inventory.spare
     return (waiting[-1] if behind else waiting[0]), ()
 
 
 def choose_doomed(inventory: Inventory, keep: int) -> tuple[tuple[str, ...], str | None]:
     """What leaves the local disk: uploaded ones beyond the newest few; and, if too many wait, which is passed over.
 
-    Pure. Neither the one that is being uploaded nor the newest that waits is ever passed over.
+    Pure. Neither the one that is being uploaded, nor the newest that waits, nor what a recovery of this moment would
+    load is ever passed over.
     """
     surplus = inventory.uploaded[: max(0, len(inventory.uploaded) - keep)]
     waiting = [commit for commit in inventory.waiting if commit != inventory.uploading]
-    return surplus, (waiting[0] if len(waiting) > keep else None)
+    return surplus, (inventory.spare[0] if len(waiting) > keep and inventory.spare else None)
 
 
 def _age(commit: str) -> tuple[int, int]:

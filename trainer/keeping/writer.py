@@ -90,10 +90,9 @@ class Writer:
         if inventory.uploaded:
             self._tier.forget(inventory.uploaded[0])
             return True
-        spared = [commit for commit in inventory.waiting[:-1] if commit != inventory.uploading]
-        if not spared:
+        if not inventory.spare:
             return False
-        self._pass_over(spared[0], "the local disk is full")
+        self._pass_over(inventory.spare[0], "the local disk is full")
         return True
 
     def _make_room(self) -> None:
