@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check format clean bench-checkpoint bench-data bench-diagnosis
+.PHONY: help setup demo test search check format clean bench-checkpoint bench-data bench-diagnosis
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
 	@echo "make demo    train on this machine's own text, with three planted faults, in a few minutes"
 	@echo "make test    run all tests"
+	@echo "make search  look for new counterexamples to what the tests state as rules"
 	@echo "make check   format, lint, strict types and the rule of who may import whom"
 	@echo "make bench-checkpoint  how long a save holds up training, beside memcpy, torch.save and DCP"
 	@echo "make bench-data  tokens a second, beside a plain loop and a plain DataLoader"
@@ -29,6 +30,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+search: setup  # new counterexamples for the property tests, at random
+	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist worksteal tests/contract tests/keeping tests/monitors tests/orchestrator
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -74,7 +74,8 @@ class Diagnosis:
                 found = self._activation(record)
             case _:
                 return []
-        self._state.next_key = max([self._state.next_key, *(finding.key + 1 for finding in found)])
+        for finding in found:
+            self._state.next_key = max(self._state.next_key, finding.key + 1)
         return found
 
     def rewind(self, step: int, *, expect_same: bool = False, quarantined: tuple[int, ...] = ()) -> None:
@@ -160,7 +161,9 @@ class Diagnosis:
         if self._drift.is_low():
             return found
         planned, climbing = self._recently_planned(row.step), self._drift.state.key is not None
-        spikes = self._spike.observe(row, key + len(found), planned_change=planned, climbing=climbing)
+        spikes = self._spike.observe(
+            row, key + len(found), planned_change=planned, climbing=climbing, norm=record.grad_norm
+        )
         found += spikes
         if any(f.kind == "closed" for f in spikes) and any(f.cls is not IncidentClass.TRANSIENT_SPIKE for f in spikes):
             self._drift.forget()

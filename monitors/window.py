@@ -51,13 +51,19 @@ def fit(rows: Sequence[Row], scale_floor: float) -> Band:
     """
     half = len(rows) // 2
     early, late = rows[:half], rows[half:]
-    early_step, late_step = median(r.step for r in early), median(r.step for r in late)
-    early_loss, late_loss = median(r.loss for r in early), median(r.loss for r in late)
+    early_step, late_step = _middle_step(early), _middle_step(late)
+    early_loss, late_loss = median([row.loss for row in early]), median([row.loss for row in late])
     span = max(late_step - early_step, 1)
     raw_slope = (late_loss - early_loss) / span
-    residuals = [abs(row.loss - (late_loss + raw_slope * (row.step - late_step))) for row in rows]
+    origin = late_loss - raw_slope * late_step
+    residuals = [abs(row.loss - origin - raw_slope * row.step) for row in rows]
     scale = max(MAD_TO_SIGMA * median(residuals), scale_floor * abs(late_loss), 1e-6)
     return Band(
         anchor_step=late_step, level=late_loss, slope=raw_slope, scale=scale,
         reach=float(rows[-1].step - rows[0].step + 1),
     )  # fmt: skip
+
+
+def _middle_step(rows: Sequence[Row]) -> float:
+    """The median step; they are in order already."""
+    return (rows[(len(rows) - 1) // 2].step + rows[len(rows) // 2].step) / 2

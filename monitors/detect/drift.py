@@ -18,24 +18,16 @@ _LOW_ROWS = 20
 
 
 @dataclass(slots=True)
-class Block:
-    """Median of so many rows in a row."""
-
-    step: int
-    loss: float
-
-
-@dataclass(slots=True)
 class DriftState:
     """What the detector remembers."""
 
     rows: list[Row] = Field(default_factory=list)
-    blocks: list[Block] = Field(default_factory=list)
+    blocks: list[Row] = Field(default_factory=list, description="medians of so many rows in a row")
     key: int | None = None
     onset_step: int = 0
     level: float = Field(default=0.0, description="of the blocks when it was told last")
     told_step: int = 0
-    recent_steps: list[int] = Field(default_factory=list)
+    recent_steps: list[int] = Field(default_factory=list, description="of the newest rows, as many as make it dense")
     low: list[Row] = Field(default_factory=list)
     low_key: int | None = None
     low_step: int = 0
@@ -56,7 +48,7 @@ class DriftDetector:
         state.rows.append(row)
         if len(state.rows) < self._settings.drift_rows // 2:
             return []
-        state.blocks = [*state.blocks[-_BLOCKS:], Block(step=row.step, loss=median(r.loss for r in state.rows))]
+        state.blocks = [*state.blocks[-_BLOCKS:], Row(row.step, median([r.loss for r in state.rows]))]
         state.rows = []
         if excused:
             state.blocks = state.blocks[-1:]
@@ -85,14 +77,19 @@ class DriftDetector:
         state = self.state
         if len(state.blocks) < 2 * _CLIMBING + 2:
             return []
-        lowest = min(_smoothed(state.blocks[:-1]), key=lambda block: block.loss)
-        since = [block for block in state.blocks if block.step >= lowest.step]
         last = [block.loss for block in state.blocks[-_CLIMBING:]]
+        if min(last) - min(block.loss for block in state.blocks) < self._settings.drift_nats:
+            return []  # nearly always, and soon known
+        lowest = _lowest(state.blocks[:-1])
         rise = min(last) - lowest.loss
-        needed = self._needed(lowest.loss)
-        climbing = all(late >= early - self._noise() for early, late in itertools.pairwise(last))
+        noise = self._noise()
+        needed = self._needed(lowest.loss, noise)
+        if rise < needed:
+            return []
+        since = [block for block in state.blocks if block.step >= lowest.step]
+        climbing = all(late >= early - noise for early, late in itertools.pairwise(last))
         gradual = max((b.loss - a.loss for a, b in itertools.pairwise(since)), default=0.0) < 0.7 * rise
-        if len(since) < _CLIMBING + 1 or rise < needed or not climbing or not gradual:
+        if len(since) < _CLIMBING + 1 or not climbing or not gradual:
             return []
         state.key, state.onset_step, state.level, state.told_step = next_key, lowest.step, min(last), row.step
         why = f"the loss has climbed from {lowest.loss:.3f} at step {lowest.step} by {rise:.3f} without a jump"
@@ -117,20 +114,20 @@ class DriftDetector:
         last = [block.loss for block in state.blocks[-_CLIMBING:]]
         assert state.key is not None
         soon = row.step - state.told_step < 2 * self._settings.recover_steps_max  # an answer takes its time to work
-        if soon or len(last) < _CLIMBING or min(last) - state.level < self._needed(state.level):
+        if soon or len(last) < _CLIMBING or min(last) - state.level < self._needed(state.level, self._noise()):
             return []
         why = f"the loss climbs on, from {state.level:.3f} where it was found to {min(last):.3f}"
         closed = Finding("closed", state.key, cls, state.onset_step, row.step, why, row.step)
         state.key, state.level, state.told_step = next_key, min(last), row.step
         return [closed, Finding("classified", next_key, cls, state.onset_step, row.step, why)]
 
-    def _needed(self, level: float) -> float:
-        return max(self._settings.drift_nats, self._settings.drift_share * level, 5 * self._noise())
+    def _needed(self, level: float, noise: float) -> float:
+        return max(self._settings.drift_nats, self._settings.drift_share * level, 5 * noise)
 
     def _noise(self) -> float:
         """How far block medians scatter by chance: from second differences, which a steady fall leaves alone."""
         losses = [block.loss for block in self.state.blocks]
-        bends = [abs(a - 2 * b + c) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+        bends = [abs(a - 2 * b + c) for a, b, c in zip(losses[:-2], losses[1:-1], losses[2:], strict=True)]
         return median(bends) / _BEND_TO_STEP if bends else 0.0
 
     # -- too good to be true --------------------------------------------------------------------------------------
@@ -140,8 +137,12 @@ class DriftDetector:
         state, settings = self.state, self._settings
         if state.low_key is not None:
             return self._low_settles(row)
-        state.recent_steps = [step for step in state.recent_steps if row.step - step <= _LOW_STEPS] + [row.step]
-        dense = len(state.recent_steps) >= _LOW_ROWS  # a fall within 200 steps must be seen within 200 steps
+        steps = state.recent_steps
+        steps.append(row.step)
+        if len(steps) > _LOW_ROWS:
+            del steps[0]
+        # a fall within 200 steps must be seen within 200 steps
+        dense = len(steps) == _LOW_ROWS and row.step - steps[0] <= _LOW_STEPS
         expected = None if band is None or not dense or state.last_eval is None else band.trend(row.step)
         if expected is None or row.loss >= (1 - settings.low_share) * expected:
             state.low = []
@@ -178,7 +179,8 @@ class DriftDetector:
         return [Finding("classified", state.low_key, cls, state.low_step, row.step, why)]
 
 
-def _smoothed(blocks: list[Block]) -> list[Block]:
-    """Medians of three neighbours, so that one lucky block is no level from which the loss could have risen."""
+def _lowest(blocks: list[Row]) -> Row:
+    """Of medians of three neighbours, so that one lucky block is no level from which the loss could have risen."""
     triples = zip(blocks, blocks[1:], blocks[2:], strict=False)
-    return [Block(step=b.step, loss=median((a.loss, b.loss, c.loss))) for a, b, c in triples]
+    loss, step = min((sorted((a.loss, b.loss, c.loss))[1], b.step) for a, b, c in triples)
+    return Row(step, loss)

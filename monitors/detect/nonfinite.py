@@ -100,7 +100,7 @@ class NonFiniteDetector:
                 f"{onset - state.loaded_step} steps after the load of {state.loaded_step}",
             )
         first = state.first_step if state.first_step is not None else 0
-        begins_here = state.loaded_step is None and first <= 1
+        begins_here = state.loaded_step is None and first <= settings.immediate_steps
         early = begins_here and onset <= settings.immediate_steps
         if not healthy or early:
             return IncidentClass.IMMEDIATE_NAN, "the run has hardly begun"

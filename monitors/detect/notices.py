@@ -4,34 +4,35 @@ Each value is judged against its own recent band, in logarithms where it lives o
 """
 
 import math
+from dataclasses import dataclass as plain_dataclass
 from statistics import median
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from monitors.detect.series import Series
 from monitors.records import ActivationRecord, EvalRecord, StepRecord
 from monitors.settings import DetectSettings
 from monitors.taxonomy import Finding, IncidentClass
-from monitors.window import MAD_TO_SIGMA
 
-_BAND_VALUES = 64
-_MIN_VALUES = 12
 _ALIVE_FACTOR = 2.0  # half of the units that were alive
 _THROUGHPUT_REFERENCE = 100
 _THROUGHPUT_RECENT = 20
+_THROUGHPUT_EVERY = 4
 
 
 @dataclass(slots=True)
-class Series:
-    """One value's recent history on a log scale, and whether it is out of its band."""
+class Watched:
+    """A series, and whether it is out of its band."""
 
-    values: list[float] = Field(default_factory=list)
+    series: Series = Field(default_factory=Series)
     streak: int = 0
     streak_from: int = 0
     reported: bool = False
 
 
-class Recorded(BaseModel):
+@plain_dataclass(frozen=True, slots=True)
+class Recorded:
     """What a step gave when it was first run."""
 
     loss: float
@@ -43,7 +44,7 @@ class Recorded(BaseModel):
 class NoticeState:
     """What the detector remembers."""
 
-    series: dict[str, Series] = Field(default_factory=dict)
+    watched: dict[str, Watched] = Field(default_factory=dict)
     seconds_per_token: list[float] = Field(default_factory=list)
     slow_reported: bool = False
     evals: list[tuple[int, float]] = Field(default_factory=list)
@@ -65,7 +66,7 @@ class NoticeDetector:
     def rewind(self, rerun: dict[int, Recorded], step: int) -> None:
         """A new attempt; `rerun` are the recorded steps beyond the loaded one, if they must come out the same."""
         state = self.state
-        state.series, state.seconds_per_token, state.slow_reported = {}, [], False
+        state.watched, state.seconds_per_token, state.slow_reported = {}, [], False
         state.evals = [row for row in state.evals if row[0] <= step]
         state.lr_key, state.rerun, state.rerun_from, state.differences = None, rerun, step, []
         state.doubted = False
@@ -123,7 +124,7 @@ class NoticeDetector:
             if direction:
                 cls = IncidentClass.UPDATE_RATIO_HIGH if direction > 0 else IncidentClass.UPDATE_RATIO_LOW
                 why = f"update to weight ratio of {group} is {ratio:.2e} at an LR of {record.lr:.2e}, out of its band"
-                onset = self.state.series[f"ratio/{group}"].streak_from
+                onset = self.state.watched[f"ratio/{group}"].streak_from
                 found += _once(next_key + len(found), cls, onset, record.step, why, ratio=ratio, lr=record.lr)
         return found
 
@@ -137,6 +138,8 @@ class NoticeDetector:
         if len(values) > _THROUGHPUT_REFERENCE + _THROUGHPUT_RECENT:
             del values[0]
         if len(values) < 3 * _THROUGHPUT_RECENT:
+            return []
+        if record.step % _THROUGHPUT_EVERY:
             return []
         share = median(values[:-_THROUGHPUT_RECENT]) / median(values[-_THROUGHPUT_RECENT:])
         if share >= self._settings.throughput_share:
@@ -162,10 +165,10 @@ class NoticeDetector:
                 cls = IncidentClass.ACTIVATION_EXPLOSION if up else IncidentClass.ACTIVATION_VANISHING
                 side = "above" if up else "below"
                 why = f"activations of group {group} have an RMS of {stats.rms:.3g}, far {side} their band"
-                onset = self.state.series[name].streak_from
+                onset = self.state.watched[name].streak_from
                 found += _once(next_key + len(found), cls, onset, record.step, why, rms=stats.rms, dead=stats.dead)
             elif self._outside(f"alive/{group}", 1.0 - stats.dead, _ALIVE_FACTOR, record.step, streak=2) < 0:
-                onset = self.state.series[f"alive/{group}"].streak_from
+                onset = self.state.watched[f"alive/{group}"].streak_from
                 why = f"{stats.dead:.0%} of the units of group {group} are dead, far more than before"
                 cls = IncidentClass.ACTIVATION_VANISHING
                 found += _once(next_key + len(found), cls, onset, record.step, why, rms=stats.rms, dead=stats.dead)
@@ -194,25 +197,21 @@ class NoticeDetector:
 
     def _outside(self, name: str, value: float, factor: float, step: int, streak: int | None = None) -> int:
         """+1 or -1 once, when a value has been out of its band for a streak of records."""
-        series = self.state.series.setdefault(name, Series())
+        watched = self.state.watched.get(name)
+        if watched is None:
+            watched = self.state.watched[name] = Watched()
         if not math.isfinite(value) or value < 0:
             return 0
-        log = math.log(max(value, 1e-30))
-        if len(series.values) < _MIN_VALUES:
-            series.values.append(log)
+        off = watched.series.offset(value)
+        if off is None or abs(off) <= max(math.log(factor), self._settings.spike_sigma * watched.series.spread):
+            watched.series.add(value)
+            watched.streak, watched.reported = 0, False
             return 0
-        middle = median(series.values)
-        spread = MAD_TO_SIGMA * median(abs(known - middle) for known in series.values)
-        off = log - middle
-        if abs(off) <= max(math.log(factor), self._settings.spike_sigma * spread):
-            series.values = [*series.values[-_BAND_VALUES:], log]
-            series.streak, series.reported = 0, False
+        watched.streak_from = step if watched.streak == 0 else watched.streak_from
+        watched.streak += 1
+        if watched.reported or watched.streak < (streak or self._settings.notice_streak):
             return 0
-        series.streak_from = step if series.streak == 0 else series.streak_from
-        series.streak += 1
-        if series.reported or series.streak < (streak or self._settings.notice_streak):
-            return 0
-        series.reported = True
+        watched.reported = True
         return 1 if off > 0 else -1
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from monitors.detect.chance import NoiseTail
+from monitors.detect.series import Series
 from monitors.settings import DetectSettings
 from monitors.taxonomy import Evidence, Finding, FindingKind, IncidentClass
 from monitors.window import Band, Row, fit
@@ -22,6 +23,8 @@ _JUMP_ROWS = 8
 _DOUBT_SIGMA = 3.0
 _PAIR_ROWS = 1_000  # of an outlier that goes on, the first row may be one in so many
 _LONE_ROWS = 30_000  # by chance at most one lone row in so many is taken for a spike
+_LONE_ROWS_QUIET = 3_000_000  # the same where its gradient was as ever
+_NORM_FLOOR = 0.05  # smallest scatter of ln(norm)
 
 
 @dataclass(slots=True)
@@ -33,6 +36,7 @@ class Event:
     detected_step: int
     band: Band
     first: Row
+    before: float = Field(default=0.0, description="excess of the rows before it: a climb has some already")
     rows: list[Row] = Field(default_factory=list, description="the newest of it")
     peak: float = 0.0
     last_out_step: int = 0
@@ -40,9 +44,9 @@ class Event:
     shards: list[int] = Field(default_factory=list)
 
     def jumped(self) -> bool:
-        """Whether its first rows, of which it remembers all while it is young, already reached half of its peak."""
-        begin = (row.loss - self.band.trend(row.step) for row in self.rows[:_JUMP_ROWS])
-        return self.rows[0] == self.first and max(begin) >= 0.5 * self.peak
+        """Whether its first rows, of which it remembers all while it is young, already made half of the way up."""
+        begin = max(row.loss - self.band.trend(row.step) for row in self.rows[:_JUMP_ROWS])
+        return self.rows[0] == self.first and begin - self.before >= 0.5 * (self.peak - self.before)
 
 
 @dataclass(slots=True)
@@ -58,6 +62,9 @@ class SpikeState:
     closed_steps: list[int] = Field(default_factory=list)
     repeated_reported: int = -1
     last_eval: tuple[int, float] | None = None
+    norms: Series = Field(default_factory=Series, description="gradient norms of healthy rows")
+    norm_z: float | None = Field(default=None, description="of the newest row's gradient norm, None where not known")
+    armed_step: int | None = Field(default=None, description="since when the norm has been far out of its band")
 
 
 class SpikeDetector:
@@ -66,6 +73,7 @@ class SpikeDetector:
     def __init__(self, settings: DetectSettings, state: SpikeState | None = None) -> None:
         self._settings = settings
         self.state = state or SpikeState()
+        self._leveled: tuple[Band, Band] | None = None  # the fitted one, and the same with no rise in it
 
     def band(self, *, climbing: bool = False) -> Band | None:
         """What is expected now, None before enough was seen; in a climb that is known of, the climb."""
@@ -76,15 +84,25 @@ class SpikeDetector:
             return None
         if state.fitted is None or state.fitted_rows >= min(_REFIT_ROWS, len(state.window) // 8):
             state.fitted, state.fitted_rows = fit(state.window, self._settings.scale_floor), 0
-        return state.fitted if climbing else state.fitted.level_or_falling()
+        if climbing:
+            return state.fitted
+        if self._leveled is None or self._leveled[0] is not state.fitted:
+            self._leveled = state.fitted, state.fitted.level_or_falling()
+        return self._leveled[1]
 
-    def observe(self, row: Row, next_key: int, *, planned_change: bool, climbing: bool) -> list[Finding]:
-        """Take one finite loss in; `next_key` names a new event if there is one."""
+    def observe(
+        self, row: Row, next_key: int, *, planned_change: bool, climbing: bool, norm: float | None = None
+    ) -> list[Finding]:
+        """Take one finite loss in, with its gradient norm if that is known; `next_key` names a new event."""
+        self._arm(row.step, norm)
         if self.state.event is not None:
             return self._during(self.state.event, row)
         band = self.band(climbing=climbing)
-        if band is None or not self._leaves(band, row):
-            self._accept(row, band)
+        z = band.z(row.step, row.loss) if band is not None else 0.0
+        if band is None or not self._leaves(band, row, z):
+            self._accept(row, z)
+            if norm is not None:
+                self.state.norms.add(norm)
             return []
         return self._begin(row, band, next_key, planned_change)
 
@@ -93,12 +111,12 @@ class SpikeDetector:
         state = self.state
         state.window = history[-self._settings.window_rows :]
         state.event, state.fitted, state.doubtful = None, None, []
+        state.norms, state.norm_z, state.armed_step = Series(), None, None
         last = history[-1].step if history else 0
         state.closed_steps = [step for step in state.closed_steps if step <= last]
 
-    def _accept(self, row: Row, band: Band | None) -> None:
+    def _accept(self, row: Row, z: float) -> None:
         state = self.state
-        z = band.z(row.step, row.loss) if band is not None else 0.0
         state.doubtful = [*state.doubtful[-4:], row] if z > _DOUBT_SIGMA else []
         if len(state.window) >= self._settings.window_rows:  # before, the band itself is wrong more often than rows are
             state.tail.add(z)
@@ -107,10 +125,12 @@ class SpikeDetector:
         if len(state.window) > self._settings.window_rows:
             del state.window[: -self._settings.window_rows]
 
-    def _leaves(self, band: Band, row: Row) -> bool:
+    def _leaves(self, band: Band, row: Row, z: float) -> bool:
         settings, state = self._settings, self.state
-        z, excess = band.z(row.step, row.loss), row.loss - band.trend(row.step)
+        if z <= _DOUBT_SIGMA and z <= settings.spike_sigma:
+            return False
         if len(state.window) < settings.min_rows:
+            excess = row.loss - band.trend(row.step)
             return z > settings.spike_sigma and excess > settings.cold_share * abs(band.level)
         doubts = [band.z(doubt.step, doubt.loss) for doubt in state.doubtful]
         if z > _DOUBT_SIGMA and any(
@@ -119,12 +139,28 @@ class SpikeDetector:
             return True  # an outlier that the next row does not take back
         if z <= settings.spike_sigma:
             return False
-        return any(d > settings.spike_sigma for d in doubts) or not state.tail.is_chance(z, _LONE_ROWS)
+        return any(d > settings.spike_sigma for d in doubts) or not state.tail.is_chance(z, self._lone_rows())
+
+    def _arm(self, step: int, norm: float | None) -> None:
+        """The gradient norm leads the loss: where it was as ever a lone row is doubted; alone it says nothing."""
+        state = self.state
+        offset = state.norms.offset(norm) if norm is not None else None
+        state.norm_z = None if offset is None else offset / max(state.norms.spread, _NORM_FLOOR)
+        if state.norm_z is None or state.norm_z <= _DOUBT_SIGMA:
+            state.armed_step = None
+        elif state.armed_step is None and state.norm_z > self._settings.spike_sigma:
+            state.armed_step = step
+
+    def _lone_rows(self) -> int:
+        """How rare by chance a lone row must be; that its gradient was as ever speaks for chance."""
+        quiet = self.state.norm_z is not None and self.state.norm_z <= _DOUBT_SIGMA
+        return _LONE_ROWS_QUIET if quiet else _LONE_ROWS
 
     def _begin(self, row: Row, band: Band, key: int, planned_change: bool) -> list[Finding]:
         state = self.state
         contiguous = [doubt for doubt in state.doubtful if state.window and doubt in state.window[-5:]]
         onset = contiguous[0].step if contiguous else row.step
+        before = median([past.loss - band.trend(past.step) for past in state.window[-_JUMP_ROWS:]])
         state.window = [kept for kept in state.window if kept.step < onset] or state.window
         state.doubtful, state.fitted = [], None
         evidence = self._evidence(band, row)
@@ -138,7 +174,7 @@ class SpikeDetector:
             ]
         state.event = Event(
             key=key, onset_step=onset, detected_step=row.step, band=band, first=row, rows=[row],
-            last_out_step=row.step, peak=row.loss - band.trend(row.step),
+            before=max(0.0, before), last_out_step=row.step, peak=row.loss - band.trend(row.step),
         )  # fmt: skip
         why = self._why(state.event, row)
         return [Finding("suspected", key, IncidentClass.TRANSIENT_SPIKE, onset, row.step, why, None, evidence)]
@@ -197,7 +233,8 @@ class SpikeDetector:
         if event.rows[0] != event.first or third < 2 or event.jumped():
             return False
         begin = median(past.loss - event.band.trend(past.step) for past in event.rows[:third])
-        return excess >= self._settings.drift_nats and begin < 0.5 * excess and event.peak < 2 * excess
+        grown = excess - begin > begin - event.before
+        return excess >= self._settings.drift_nats and grown and event.peak < 2 * excess
 
     def _recent_excess(self, event: Event) -> float:
         recent = event.rows[-max(3, len(event.rows) // 5) :]
@@ -267,9 +304,13 @@ class SpikeDetector:
         )
 
     def _evidence(self, band: Band, row: Row) -> Evidence:
+        state = self.state
+        norm: Evidence = {} if state.norm_z is None else {"grad_norm_z": round(state.norm_z, 2)}
+        if state.armed_step is not None:
+            norm["grad_norm_out_since"] = state.armed_step
         return {
             "loss": row.loss, "expected": round(band.trend(row.step), 6), "sigma": round(band.scale, 6),
-            "z": round(band.z(row.step, row.loss), 2), "threshold_sigma": self._settings.spike_sigma,
+            "z": round(band.z(row.step, row.loss), 2), "threshold_sigma": self._settings.spike_sigma, **norm,
         }  # fmt: skip
 
     def _why(self, event: Event, row: Row) -> str:

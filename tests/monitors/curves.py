@@ -44,7 +44,7 @@ def climb(base: Shape, begin: int, nats_per_step: float) -> Shape:
 def step_record(step: int, loss: float, **fields: object) -> StepRecord:
     """One step, as the trainer would record it."""
     known: dict[str, object] = {
-        "seq": step + 1, "attempt": 1, "at_s": float(step), "step": step, "loss": loss, "grad_norm": 0.5,
+        "seq": step + 1, "attempt": 1, "at_s": float(step), "step": step, "loss": loss, "grad_norm": None,
         "lr": LR, "lr_planned": LR, "data": DataRange(begin=(step - 1) * BATCH, end=step * BATCH),
     }  # fmt: skip
     return StepRecord.model_validate({**known, **fields})

@@ -149,3 +149,42 @@ def test_no_spike_before_the_band_can_be_trusted() -> None:
     losses = [7.2, 9.7, 6.8, 8.4, 8.7, 9.5, 7.9, 7.1]
 
     assert watch(Diagnosis(), [step_record(step, loss) for step, loss in enumerate(losses, start=1)]) == []
+
+
+@pytest.mark.parametrize(("norm", "seen"), [(None, True), (0.5, False), (5.0, True)], ids=["unknown", "as ever", "out"])
+def test_a_gradient_that_was_as_ever_speaks_for_chance(norm: float | None, seen: bool) -> None:
+    """One row alone of seven sigmas, in a run whose norms are known or not; the evidence says what the norm was."""
+    shape, at = healthy(3, noise=0.02), 2500
+
+    def norm_at(step: int) -> float | None:
+        return None if norm is None else norm if step == at else 0.5 + 0.01 * (step % 5)
+
+    stream = [
+        step_record(step, shape(step) + (0.12 if step == at else 0.0), grad_norm=norm_at(step))
+        for step in range(1, at + 100)
+    ]
+    found = watch(Diagnosis(), stream)
+    assert classes(found) == ([IncidentClass.TRANSIENT_SPIKE] if seen else [])
+    if norm == 5.0:
+        assert found[0].evidence["grad_norm_out_since"] == at
+
+
+def test_a_gradient_alone_is_no_incident() -> None:
+    """BERT's doubled for good and harmlessly; a hundredfold one that the loss does not follow is evidence only."""
+    shape = healthy(3, noise=0.02)
+    stream = [
+        step_record(s, shape(s), grad_norm=0.5 if s < 800 else 1.0 if s != 1000 else 50.0) for s in range(1, 1500)
+    ]
+    assert watch(Diagnosis(), stream) == []
+
+
+def test_the_gradient_left_its_band_before_the_loss() -> None:
+    """The early signal (BLOOM's left four iterations before the loss peaked) is in the evidence of the spike."""
+    shape = healthy(3, noise=0.02)
+    stream = [
+        step_record(s, shape(s) + (2.0 if 804 <= s < 820 else 0.0), grad_norm=20.0 if 800 <= s < 820 else 0.5)
+        for s in range(1, 1000)
+    ]
+    found = watch(Diagnosis(), stream)
+    assert classes(found) == [IncidentClass.TRANSIENT_SPIKE]
+    assert (found[0].onset_step, found[0].evidence["grad_norm_out_since"]) == (804, 800)
