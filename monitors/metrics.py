@@ -51,7 +51,7 @@ ACTIONS = (
 FAULTS = (
     "nan_loss", "nan_grad", "lr_bomb", "lr_override", "bad_shard", "leak_targets", "zero_layer", "saturate_layer",
     "drop_optimizer_state", "bit_flip", "corrupt_checkpoint", "hang", "sigkill", "slow", "torn_write", "store_error",
-    "oom", "loss_drift", "scale_qk",
+    "oom", "loss_drift", "scale_qk", "grad_bomb",
 )  # fmt: skip
 #: Gauges that say when something happened; the alerts on their age must survive a restart of the supervisor.
 _LASTING = (

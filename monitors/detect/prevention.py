@@ -96,7 +96,7 @@ class PreventionDetector:
         state.gave_in_told = state.skips_told = record.step
         norm, limit = record.grad_norm or 0.0, done.norm_limit or 0.0
         return min(state.skipped_steps, default=record.step), (
-            f"skipping updates for their norm was given up after {len(state.skipped_steps)} within {SHARE_STEPS} steps: "
+            f"skipping updates for their norm was given up after {len(state.skipped_steps)} of the last {SHARE_STEPS}: "
             f"the norm, now {norm:.3g}, stays beyond {limit:.3g}"
         )
 

@@ -297,7 +297,7 @@ class LaunchConfig(Section):
 FaultKind = Literal[
     "nan_loss", "nan_grad", "lr_bomb", "lr_override", "bad_shard", "leak_targets", "zero_layer", "saturate_layer",
     "drop_optimizer_state", "bit_flip", "corrupt_checkpoint", "hang", "sigkill", "slow", "torn_write", "store_error",
-    "oom", "loss_drift", "scale_qk",
+    "oom", "loss_drift", "scale_qk", "grad_bomb",
 ]  # fmt: skip
 
 
@@ -317,8 +317,8 @@ class FaultConfig(Section):
     once: bool = True
     factor: float = Field(
         100.0,
-        description="lr_bomb, lr_override, scale_qk and saturate_layer: a factor; leak_targets: odds; slow: seconds; "
-        "loss_drift: about so many nats a step, by growing noise on the weights",
+        description="lr_bomb, lr_override, scale_qk, saturate_layer, grad_bomb: a factor; leak_targets: odds; "
+        "slow: seconds; loss_drift: about so many nats a step, by growing noise on the weights",
     )
     target: Literal["weight", "gradient"] = "weight"
     mode: Literal["gil_held", "gil_free", "sigstop"] = "gil_free"
