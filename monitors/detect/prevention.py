@@ -71,12 +71,12 @@ class PreventionDetector:
         return found
 
     def evidence(self) -> Evidence:
-        """How much the ladder has held back of late."""
-        state = self.state
-        found: Evidence = {"skipped_in_last_1000": len(state.skipped_steps)}
-        if state.blocks:
-            found["clipped_share"] = state.blocks[-1].clipped
-        return found
+        """How much the ladder has held back of late; the share since the beginning of the last whole block."""
+        state, size = self.state, self._settings.clip_block_steps
+        whole = state.blocks[-1].clipped * size if state.blocks else 0.0
+        steps = len(state.norms) + (size if state.blocks else 0)
+        share = (whole + state.clips) / max(1, steps)
+        return {"skipped_in_last_1000": len(state.skipped_steps), "clipped_share": round(share, 3)}
 
     def rewind(self, step: int) -> None:
         """A new attempt begins from a state of `step` updates."""

@@ -89,7 +89,7 @@ def test_cut_with_a_rung_that_acts(tmp_path: Path, precision: str, rung: str) ->
     key, value = names[rung]
     acted_at = [step for step, done in acted.items() if done is not None and done[key] == value]
     assert acted_at[:2] == [3, 4]  # so that a cut after 4 goes on from a step that was itself one of them
-    for step in (4, 6, 8):
+    for step in (5, 8):
         cut = _run(tmp_path / f"cut-{step}", precision, [{"kind": "oom", "steps": [step, step]}], **rungs)
         assert cut.run() == ExitCode.ERROR
         assert cut.run(2) == ExitCode.FINISHED
