@@ -3,12 +3,14 @@
 import math
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from tests.trainer.tiny import CPU
 from trainer.contract.config import AdaptiveClipConfig, PreventionConfig, SkipUpdateConfig
@@ -184,3 +186,10 @@ def test_a_window_too_short_for_its_skips_is_refused() -> None:
     """Otherwise its own skips would disarm it."""
     with pytest.raises(ValidationError, match="window_steps 20 must be at least min_steps 16"):
         SkipUpdateConfig(window_steps=20, min_steps=16, max_skips=5)
+
+
+def test_the_documentation_shows_the_defaults() -> None:
+    """Every key of both rungs, with the value that `{}` stands for."""
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    shown = YAML(typ="safe").load("prevention:" + text.partition("```yaml\nprevention:")[2].partition("```")[0])
+    assert shown["prevention"] == PreventionConfig.model_validate({"skip_update": {}, "adaptive_clip": {}}).model_dump()
