@@ -5,6 +5,7 @@ The norm arms, it never rolls back alone (BERT's doubled for good, and harmlessl
 `monitors.detect.nonfinite`'s; here they only count towards a streak.
 """
 
+import math
 from statistics import median
 
 from pydantic import Field
@@ -115,7 +116,7 @@ class PreventionDetector:
     def _clipping(self, record: StepRecord) -> tuple[int, str] | None:
         """Most updates are clipped where few were, because the norm has grown."""
         state, settings = self.state, self._settings
-        if record.grad_norm is None or record.skipped:
+        if record.grad_norm is None or record.skipped or not math.isfinite(record.grad_norm):
             return None
         state.norms.append(record.grad_norm)
         state.clips += record.clipped

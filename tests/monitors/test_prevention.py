@@ -104,6 +104,17 @@ def test_clipping_that_grows_with_the_norm_is_told(before: float, after: float, 
     assert not told or "100% of the updates are clipped, 0% were" in found[0].why
 
 
+@pytest.mark.parametrize("norm", [math.nan, math.inf, None])
+def test_a_norm_that_is_none_makes_no_level(norm: float | None) -> None:
+    """A trainer that does not skip them, or does not record any: a growth of the others is found all the same."""
+    stream: list[Record] = []
+    for record in _norms(0.4, 2.0):
+        assert isinstance(record, StepRecord)
+        stream.append(record.model_copy(update={"grad_norm": norm}) if record.step % 2 else record)
+    (found,) = _noticed(watch(Diagnosis(), stream))
+    assert "grown from 0.4" in found.why
+
+
 def test_what_was_held_back_is_evidence_of_a_loss_that_climbs() -> None:
     """A slow divergence behind the ladder says how much of it the ladder has hidden."""
     shape = climb(healthy(1), 600, 2e-3)
