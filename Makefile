@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test search check format clean bench-checkpoint bench-data bench-diagnosis
+.PHONY: help setup demo test search check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench-checkpoint  how long a save holds up training, beside memcpy, torch.save and DCP"
 	@echo "make bench-data  tokens a second, beside a plain loop and a plain DataLoader"
 	@echo "make bench-diagnosis  incidents named, beside published rules, and a page with every curve"
+	@echo "make bench-prevention  what each rung of the prevention ladder costs an update"
 	@echo "make format  put the sources in order"
 	@echo "make clean   remove the environment, caches and the demo's runs"
 
@@ -48,6 +49,9 @@ bench-data: setup
 
 bench-diagnosis: setup
 	$(BIN)/python -m benchmarks.diagnosis
+
+bench-prevention: setup
+	$(BIN)/python -m benchmarks.prevention
 
 format: setup
 	$(BIN)/ruff format .

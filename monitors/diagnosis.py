@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from monitors.detect.drift import DriftDetector, DriftState
 from monitors.detect.nonfinite import NonFiniteDetector, NonFiniteState, is_finite
 from monitors.detect.notices import NoticeDetector, NoticeState, Recorded
+from monitors.detect.prevention import PreventionDetector, PreventionState
 from monitors.detect.shards import ShardDetector, ShardState
 from monitors.detect.spike import SpikeDetector, SpikeState
 from monitors.records import ActivationRecord, EvalRecord, Record, StepRecord
@@ -23,6 +24,7 @@ from monitors.taxonomy import Evidence, Finding, IncidentClass
 from monitors.window import Row
 
 _HISTORY_ROWS = 4096
+_LOST = (IncidentClass.UNRECOVERED_SPIKE, IncidentClass.SLOW_DIVERGENCE)
 
 
 class _State(BaseModel):
@@ -36,6 +38,7 @@ class _State(BaseModel):
     spans: list[tuple[int, int]] = Field(default_factory=list)
     spike: SpikeState = Field(default_factory=SpikeState)
     nonfinite: NonFiniteState = Field(default_factory=NonFiniteState)
+    prevention: PreventionState = Field(default_factory=PreventionState)
     drift: DriftState = Field(default_factory=DriftState)
     shards: ShardState = Field(default_factory=ShardState)
     notices: NoticeState = Field(default_factory=NoticeState)
@@ -59,6 +62,7 @@ class Diagnosis:
         inner = self._state
         self._spike = SpikeDetector(self._settings, inner.spike)
         self._nonfinite = NonFiniteDetector(self._settings, inner.nonfinite)
+        self._prevention = PreventionDetector(self._settings, inner.prevention)
         self._drift = DriftDetector(self._settings, inner.drift)
         self._shards = ShardDetector(self._settings, inner.shards)
         self._notices = NoticeDetector(self._settings, inner.notices)
@@ -96,6 +100,7 @@ class Diagnosis:
                 detector.last_eval = None
         self._spike.rewind(state.history)
         self._nonfinite.rewind(step)
+        self._prevention.rewind(step)
         self._drift.rewind(step)
         self._shards.rewind(list(quarantined))
         self._notices.rewind(rerun, step)
@@ -124,17 +129,24 @@ class Diagnosis:
     def _step(self, record: StepRecord) -> list[Finding]:
         state, key = self._state, self._state.next_key
         found = self._nonfinite.observe(record, state.history, key)
+        found += self._prevention.observe(record, state.history, key + len(found))
         found += self._notices.learning_rate(record, key + len(found))
         if not is_finite(record):
             return found
         row = Row(step=record.step, loss=record.loss)
-        found += self._loss(record, row, key + len(found))
+        found += [self._with_prevention(finding) for finding in self._loss(record, row, key + len(found))]
         found += self._notices.rerun(record, key + len(found))
-        if self._state.spike.event is None:  # while the loss is out, other signals only say so again
+        if state.spike.event is None and not record.skipped:  # while the loss is out, other signals only say so again
             found += self._notices.update_ratios(record, key + len(found))
         found += self._notices.throughput(record, key + len(found))
         self._remember(record, row)
         return found
+
+    def _with_prevention(self, finding: Finding) -> Finding:
+        """A loss that is lost all the same: what the trainer's ladder has held back is part of the evidence."""
+        if finding.kind != "classified" or finding.cls not in _LOST:
+            return finding
+        return replace(finding, evidence={**self._prevention.evidence(), **finding.evidence})
 
     def _loss(self, record: StepRecord, row: Row, key: int) -> list[Finding]:
         found: list[Finding] = []
@@ -224,7 +236,7 @@ class Diagnosis:
     def _remember(self, record: StepRecord, row: Row) -> None:
         """Healthy steps alone make baselines and are what a re-run is held against."""
         state = self._state
-        if self._spike.state.event is not None or self._drift.is_low():
+        if self._spike.state.event is not None or self._drift.is_low() or record.skipped:
             return
         notices = state.notices
         if record.data is not None and notices.lr_key is None and not notices.doubted:

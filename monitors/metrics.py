@@ -51,7 +51,7 @@ ACTIONS = (
 FAULTS = (
     "nan_loss", "nan_grad", "lr_bomb", "lr_override", "bad_shard", "leak_targets", "zero_layer", "saturate_layer",
     "drop_optimizer_state", "bit_flip", "corrupt_checkpoint", "hang", "sigkill", "slow", "torn_write", "store_error",
-    "oom", "loss_drift", "scale_qk",
+    "oom", "loss_drift", "scale_qk", "grad_bomb",
 )  # fmt: skip
 #: Gauges that say when something happened; the alerts on their age must survive a restart of the supervisor.
 _LASTING = (
@@ -60,6 +60,8 @@ _LASTING = (
 )  # fmt: skip
 KEEPERS = ("writer", "uploader")
 OUTCOMES = ("on_disk", "committed", "failed")
+#: Rungs of the trainer's prevention ladder; `gave_in` is an update that was applied although its norm was out.
+RUNGS = ("clip_norm", "adaptive_clip", "skip_norm", "skip_non_finite", "gave_in")
 _GROUP = {"layer_group": LAYER_GROUPS}
 
 Labels = Mapping[str, tuple[str, ...]]
@@ -110,7 +112,8 @@ TABLE: tuple[Metric, ...] = (
     Metric("tokens_total", "counter", "Tokens trained on, work that was lost later and replays included."),
     Metric("step_seconds_total", "counter", "Time spent in steps.", {"part": ("data", "compute", "other")}),
     Metric("clipped_steps_total", "counter", "Updates whose gradient was clipped."),
-    Metric("skipped_steps_total", "counter", "Updates not applied because they were not finite."),
+    Metric("skipped_steps_total", "counter", "Updates not applied: not finite, or left out for their norm."),
+    Metric("prevention_total", "counter", "Updates on which a rung of the prevention ladder acted.", {"rung": RUNGS}),
     Metric("nonfinite_total", "counter", "Steps with a non-finite signal.", {"signal": ("loss", "grad_norm")}),
     Metric("evaluations_total", "counter", "Evaluations done."),
     Metric("evaluation_seconds_total", "counter", "Time spent in evaluations."),
@@ -287,6 +290,8 @@ class Metrics:
         for name, happened in (("clipped_steps_total", record.clipped), ("skipped_steps_total", record.skipped)):
             if happened:
                 self.count(name)
+        for rung in _rungs(record):
+            self.count("prevention_total", rung)
         for name in ("loss", "grad_norm"):
             value = getattr(record, name)
             if value is not None and not math.isfinite(value):
@@ -312,6 +317,16 @@ class Metrics:
         for group, value in (values or {}).items():
             if group in LAYER_GROUPS:
                 self.set(name, value, group)
+
+
+def _rungs(record: StepRecord) -> list[str]:
+    """The rungs that acted on an update."""
+    acted = [f"skip_{record.skip_reason}"] if record.skipped else []
+    if record.prevention is not None and record.prevention.clipped_by is not None:
+        acted.append(record.prevention.clipped_by)
+    if record.prevention is not None and record.prevention.gave_in:
+        acted.append("gave_in")
+    return acted
 
 
 def _speed(record: StepRecord) -> float | None:

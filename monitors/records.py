@@ -45,8 +45,23 @@ class StepTime(BaseModel):
         return self.data + self.compute + self.other
 
 
+SkipReason = Literal["non_finite", "norm"]
+
+
+class Prevention(BaseModel):
+    """Which rungs of the prevention ladder acted on an update, and how far they went."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clip_factor: float | None = Field(default=None, description="of the gradient; None: not clipped, or not applied")
+    clipped_by: Literal["clip_norm", "adaptive_clip"] | None = Field(default=None, description="the lower limit")
+    skipped: SkipReason | None = Field(default=None, description="norm: finite, but far above its band")
+    gave_in: bool = Field(default=False, description="too many were skipped: applied, and the band starts anew")
+    norm_limit: float | None = Field(default=None, description="top of the band that the norm is above of")
+
+
 class StepRecord(_Record):
-    """One update. `grad_norm` is taken before clipping; `skipped` means non-finite, so not applied.
+    """One update. `grad_norm` is taken before clipping; `skipped` means not applied, `prevention` says why.
 
     Our trainer records every field; what a recorded trace of another lacks is None, never 0.
     """
@@ -67,12 +82,20 @@ class StepRecord(_Record):
     )
     worst: tuple[int, float] | None = Field(default=None, description="(raw position, loss) of the worst sequence")
     skipped: bool = False
+    prevention: Prevention | None = Field(default=None, description="None: no rung acted, or not recorded")
     scaler: float | None = Field(default=None, description="fp16 loss scale")
     replay: bool = False
     grad_norms: dict[str, float] | None = Field(default=None, description="on a schedule, per layer group")
     attention_logit_max: dict[str, float] | None = Field(default=None, description="on a schedule")
     log_z: float | None = Field(default=None, description="on a schedule: mean log partition of the output")
     second_moment_ratio: dict[str, float] | None = Field(default=None, description="RMS of g^2/v, on a schedule")
+
+    @property
+    def skip_reason(self) -> SkipReason | None:
+        """Why the update was not applied, None if it was. A record that does not say so knows of one reason only."""
+        if not self.skipped:
+            return None
+        return (self.prevention and self.prevention.skipped) or "non_finite"
 
 
 class PhaseRecord(_Record):
@@ -191,6 +214,9 @@ class StartedRecord(_Record):
     warmup_steps: int
     probe_loss: float | None = Field(default=None, description="loss of the probe batch right after the load")
     probe_expected: float | None = Field(default=None, description="the same, as the manifest recorded it")
+    fresh_guards: tuple[str, ...] = Field(
+        default=(), description="rungs whose window starts anew, because the checkpoint holds none that fits"
+    )
     replay: bool = False
 
 

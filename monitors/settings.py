@@ -23,8 +23,13 @@ class DetectSettings(BaseModel):
     drift_nats: float = Field(0.04, gt=0, description="and at least so much: below the 0.1 nats that count as damage")
     immediate_steps: int = Field(25, ge=1, description="non-finite before these: immediate_nan")
     nan_after_load_steps: int = Field(10, ge=1, description="non-finite so soon after a restore")
-    skipped_streak: int = Field(3, ge=1, description="skipped updates in a row that are an incident")
+    skipped_streak: int = Field(
+        3, ge=1, description="skipped updates in a row that are an incident, of whatever reason"
+    )
     skipped_share: float = Field(0.01, gt=0, description="or this share of the last 1,000 steps")
+    clip_block_steps: int = Field(250, ge=16, description="steps of a block whose clipped share and norm are compared")
+    clip_share: float = Field(0.5, gt=0, le=1, description="clipped in a block, and twice that of the lowest one")
+    clip_norm_factor: float = Field(3.0, gt=1, description="and so much more norm; BERT's grew by 2.5, harmlessly")
     plateau_share: float = Field(0.002, gt=0, description="improvement of the last quarter below this is a plateau")
     plateau_noisy_share: float = Field(0.01, ge=0, description="or below this, where noise hides any improvement")
     plateau_dead: float = Field(0.5, gt=0, le=1, description="or so many dead or saturated units in a layer group")

@@ -156,7 +156,7 @@ class Loop:
             return False
         if not self._saver.has(self.step):
             self._saver.wait_until_ready(self._config.deadlines.save)  # training is over: there is nothing to hold up
-            self._save(even_if_skipped=True)
+            self._save(even_if_not_finite=True)
         done = self.step == self._config.steps
         if done and self._leaving is None and self._evaluated_step != self.step and self._steps_run:
             self._evaluate(None)
@@ -320,7 +320,7 @@ class Loop:
 
     # Saving
 
-    def _save(self, *, even_if_skipped: bool = False) -> None:
+    def _save(self, *, even_if_not_finite: bool = False) -> None:
         """Snapshot the state of this step, unless it is saved already, or no state to come back to."""
         late_steps = self.step - (self.step if self._save_due is None else self._save_due)
         self._save_due = None
@@ -329,7 +329,7 @@ class Loop:
             return
         phase = self._phase
         self._enter(Phase.SAVE)
-        if self._last is not None and self._last.skipped and not even_if_skipped:
+        if self._last is not None and not self._last.finite and not even_if_not_finite:
             self._saver.refuse(self.step, "the last update was not finite, so this is no state to come back to")
         else:
             self._saver.save(self.step, self._collect(), self._health(), self._step_s, late_steps)
@@ -344,7 +344,8 @@ class Loop:
             "data": order_facts(self._m.stream.segments, self._progress.position),
         }
         core = self._m.step
-        return collect(core.model, core.optimizer, core.scaler, self._progress, self._m.plan.branch, facts)
+        branch, guards = self._m.plan.branch, core.guards.tensors()
+        return collect(core.model, core.optimizer, core.scaler, self._progress, branch, facts, guards)
 
     def _health(self) -> Health:
         last = self._last

@@ -42,6 +42,7 @@ def step_fields(facts: StepFacts, result: StepResult, times: StepTime, *, replay
         "shards": losses_by_shard(facts.shards, result.losses),
         "worst": worst_sequence(facts.positions, result.losses),
         "skipped": result.skipped,
+        "prevention": result.prevention,
         "scaler": result.scale,
         "replay": replay,
         "grad_norms": details.grad_norms if details else None,
@@ -91,5 +92,6 @@ def started_fields(at: Workplace, machinery: Machinery, probe_loss: float) -> di
         "warmup_steps": config.schedule.warmup_steps,
         "probe_loss": probe_loss,
         "probe_expected": start.loaded.manifest.health.probe_loss if start.loaded is not None else None,
+        "fresh_guards": start.fresh_guards,
         "replay": machinery.plan.replay is not None,
     }

@@ -56,11 +56,15 @@ class Workplace:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where training begins: the progress, the commit it comes from, and the candidates that were refused."""
+    """Where training begins: the progress, the commit it comes from, and the candidates that were refused.
+
+    `fresh_guards` are the rungs of the prevention ladder whose window that commit does not hold.
+    """
 
     progress: Progress
     loaded: Loaded | None
     condemned: tuple[tuple[str, str], ...]
+    fresh_guards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,7 @@ def build_step(config: RunConfig, vocab_size: int, device: torch.device, precisi
         build_optimizer(model, config.optimizer),
         precision=precision,
         clip_norm=config.optimizer.clip_norm,
+        prevention=config.prevention,
         micro_sequences=config.batch.micro_sequences,
         scaler=precision.scaler(),
         forward=_compiled(model) if config.compile else None,
@@ -247,5 +252,8 @@ def load(plan: ResumePlan, store: Store, step: TrainStep, nearer: Sequence[Tier]
             condemned.append((commit, str(error)))
             continue
         log.info("loaded", commit=commit, step=progress.step, position=progress.position, from_tier=loaded.tier)
-        return Start(progress, loaded, tuple(condemned))
+        fresh = step.guards.restore(loaded.tensors)
+        if fresh:
+            log.warning("guards_start_anew", rungs=fresh, why="the checkpoint holds no window that fits")
+        return Start(progress, loaded, tuple(condemned), fresh)
     raise NoCandidateError(tuple(condemned))

@@ -1,13 +1,16 @@
 """The full training state: collected into tensors and JSON, and put back.
 
 Everything that the next update depends on is here: weights, buffers, moments and step counts in their own dtypes,
-scaler, every RNG, the cursor. Tensors are named and copied by `trainer.checkpoint`; the rest is JSON, never pickled.
+scaler, every RNG, the cursor, the windows of the guards. Tensors are named and copied by `trainer.checkpoint`; the rest
+is JSON, never pickled.
 """
 
 import base64
 import hashlib
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,7 +42,7 @@ class TrainingState:
 class Progress:
     """How far training has come. `position` is the raw cursor: the first sample not yet consumed.
 
-    `skipped_updates` of the `step` updates were not applied, being non-finite; the optimizer has not counted them.
+    `skipped_updates` of the `step` updates were not applied; the optimizer has not counted them.
     """
 
     step: int = 0
@@ -49,9 +52,13 @@ class Progress:
 
 
 def collect(
-    model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None, progress: Progress, branch: int, facts: JSON
-) -> TrainingState:
-    """The state at a step boundary. `facts` (overlays, flags) are kept for comparison, never loaded back."""
+    model: nn.Module, optimizer: Optimizer, scaler: GradScaler | None, progress: Progress, branch: int, facts: JSON,
+    guards: Mapping[str, Tensor] = MappingProxyType({}),
+) -> TrainingState:  # fmt: skip
+    """The state at a step boundary. `facts` (overlays, flags) are kept for comparison, never loaded back.
+
+    `guards` are the windows of the prevention ladder, by name; they take them back themselves.
+    """
     extra: JSON = {
         **asdict(progress),
         "branch": branch,
@@ -62,7 +69,7 @@ def collect(
         "facts": facts,
     }
     tensors = model_tensors(model) | optimizer_tensors(optimizer, named_parameters(model))
-    return TrainingState(tensors, extra)
+    return TrainingState(tensors | dict(guards), extra)
 
 
 def restore(

@@ -1,9 +1,11 @@
 """One update: micro-batches, backward, clipping, AdamW, and all that is to be known of it in one device tensor.
 
-The step never waits for the device. Whether an update is finite is decided on the device; a non-finite one leaves
-weights, moments and step counts as they were, bit for bit. Losses are nats a token, norms L2 and pre-clip.
+The step never waits for the device. Whether an update is applied is decided on the device; one that is not (it is not
+finite, or `trainer.guards` leaves it out) leaves weights, moments and step counts as they were, bit for bit. Losses are
+nats a token, norms L2 and pre-clip.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 
 from monitors import probes
-from monitors.records import LAYER_GROUPS, ActivationStats
+from monitors.records import LAYER_GROUPS, ActivationStats, Prevention
+from trainer.contract.config import PreventionConfig
+from trainer.guards import Guards
 from trainer.model import GPT, Forward, Statistics, blocks_by_group, layer_groups
 from trainer.optim import set_lr
 from trainer.precision import Precision
@@ -41,18 +45,24 @@ class StepResult:
     grad_norm: float
     clipped: bool
     skipped: bool
+    prevention: Prevention | None
     losses: tuple[float, ...]
     update_ratio: dict[str, float]
     scale: float | None
     details: StepDetails | None
 
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient were finite; the update may still have been left out."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 class PendingResult:
     """A step's figures on their way to the host: one copy, waited for by `read` only."""
 
-    def __init__(self, parts: Mapping[str, Tensor], clip_norm: float, groups: "_Groups") -> None:
+    def __init__(self, parts: Mapping[str, Tensor], guards: Guards, groups: "_Groups") -> None:
         self._sizes = {name: part.numel() for name, part in parts.items()}
-        self._clip_norm = clip_norm
+        self._guards = guards
         self._groups = groups
         packed = torch.cat([part.detach().reshape(-1).float() for part in parts.values()])
         self._host = packed.to("cpu", non_blocking=True)  # torch pins the destination of such a copy
@@ -66,12 +76,13 @@ class PendingResult:
             self._copied.synchronize()
         values = iter(self._host.tolist())
         part = {name: [next(values) for _ in range(size)] for name, size in self._sizes.items()}
-        (grad_norm,) = part["grad_norm"]
+        told = self._guards.tell(part)
         return StepResult(
             loss=part["loss"][0],
-            grad_norm=grad_norm,
-            clipped=grad_norm > self._clip_norm,
-            skipped=part["skipped"][0] != 0,
+            grad_norm=part["grad_norm"][0],
+            clipped=told.clipped,
+            skipped=told.skipped,
+            prevention=told.prevention,
             losses=tuple(part["losses"]),
             update_ratio=dict(zip(self._groups.names, part.get("update_ratio", ()), strict=False)),
             scale=part["scale"][0] if "scale" in part else None,
@@ -120,6 +131,7 @@ class TrainStep:
 
     def __init__(
         self, model: GPT, optimizer: AdamW, *, precision: Precision, clip_norm: float,
+        prevention: PreventionConfig | None = None,
         micro_sequences: int | None = None, scaler: GradScaler | None = None,
         forward: Callable[..., Forward] | None = None,
         transform_losses: Callable[[Tensor], Tensor] | None = None,
@@ -131,11 +143,11 @@ class TrainStep:
         self.transform_losses = transform_losses
         self.after_backward = after_backward
         self._precision = precision
-        self._clip_norm = clip_norm
         self._micro_sequences = micro_sequences
         self._forward: Callable[..., Forward] = forward or model
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
+        self.guards = Guards(prevention or PreventionConfig(), clip_norm, self._device)
         self._groups = _groups_of(model)
         self._slices = probes.SampledSlices(self._parameters, self._groups.members)
 
@@ -155,15 +167,15 @@ class TrainStep:
         if details:
             parts["grad_norms"] = probes.group_norms(grads, self._groups.members)
         parts["grad_norm"] = get_total_norm(grads)
-        parts["skipped"] = (~(parts["grad_norm"].isfinite() & parts["loss"].isfinite())).float()
-        clip_grads_with_norm_(self._parameters, self._clip_norm, parts["grad_norm"])
+        parts |= self.guards.judge(parts["grad_norm"], parts["loss"])
+        self.guards.clip(self._parameters, parts)
         before = self._slices.take(self._parameters) if ratios else None
         self._update(parts["skipped"])
         if before is not None:
             parts["update_ratio"] = self._slices.ratio(before, self._slices.take(self._parameters))
         if details:
             parts |= self._detail_parts(grads, statistics)
-        return PendingResult(parts, self._clip_norm, self._groups)
+        return PendingResult(parts, self.guards, self._groups)
 
     def _to_device(self, tokens: Tensor) -> Tensor:
         if self._device.type == "cuda" and not tokens.is_cuda:

@@ -1,4 +1,4 @@
-"""Non-finite losses, gradients and skipped updates: decided first, and never mixed into a window."""
+"""Non-finite losses, gradients and the updates skipped for them: decided first, and never mixed into a window."""
 
 import math
 from statistics import median
@@ -12,7 +12,7 @@ from monitors.settings import DetectSettings
 from monitors.taxonomy import Evidence, Finding, IncidentClass
 from monitors.window import MAD_TO_SIGMA, Row
 
-_SHARE_STEPS = 1000
+SHARE_STEPS = 1000
 _HEALTHY_STEPS = 10
 _STALL_ROWS = (128, 192, 288, 432, 648, 972, 1458, 2048)
 
@@ -50,7 +50,7 @@ class NonFiniteDetector:
             return self._finite(record)
         state.streak += 1
         state.streak_from = record.step if state.streak_from is None else state.streak_from
-        state.skipped_steps = [s for s in state.skipped_steps if record.step - s < _SHARE_STEPS] + [record.step]
+        state.skipped_steps = [s for s in state.skipped_steps if record.step - s < SHARE_STEPS] + [record.step]
         state.last_bad_step = record.step
         if state.key is not None or not self._is_incident(record, healthy):
             return []
@@ -88,7 +88,7 @@ class NonFiniteDetector:
         if state.loaded_step is not None and record.step - state.loaded_step <= settings.nan_after_load_steps:
             return state.streak >= min(2, settings.skipped_streak)
         return (
-            state.streak >= settings.skipped_streak or len(state.skipped_steps) > settings.skipped_share * _SHARE_STEPS
+            state.streak >= settings.skipped_streak or len(state.skipped_steps) > settings.skipped_share * SHARE_STEPS
         )
 
     def _class(self, record: StepRecord, healthy: list[Row]) -> tuple[IncidentClass, str]:
@@ -116,9 +116,10 @@ class NonFiniteDetector:
 
 
 def is_finite(record: StepRecord) -> bool:
-    """Whether loss and gradient are finite and the update was applied."""
+    """Whether loss and gradient are finite, and the update was not skipped for not being so."""
     norm = record.grad_norm
-    return math.isfinite(record.loss) and (norm is None or math.isfinite(norm)) and not record.skipped
+    finite = math.isfinite(record.loss) and (norm is None or math.isfinite(norm))
+    return finite and record.skip_reason != "non_finite"
 
 
 class Improvement(NamedTuple):

@@ -143,7 +143,8 @@ class Engine:
             case StepRecord():
                 if record.replay or replaying:
                     grad_norm = record.grad_norm if record.grad_norm is not None else 0.0
-                    row = ReplayRow(loss=record.loss, grad_norm=grad_norm, skipped=record.skipped)
+                    skipped = record.skip_reason == "non_finite"
+                    row = ReplayRow(loss=record.loss, grad_norm=grad_norm, skipped=skipped)
                     diagnose.on_replay_step(state, record.step, row)
                     return
                 health.on_step(ctx, record)

@@ -32,12 +32,12 @@ def on_step(ctx: Context, record: StepRecord) -> None:
             at_s=state.now_s,
             loss=record.loss,
             grad_norm=record.grad_norm if record.grad_norm is not None else 0.0,
-            skipped=record.skipped,
+            skipped=record.skip_reason == "non_finite",
         )
     )
     if len(state.history) > 2 * _HISTORY_ROWS:
         del state.history[:-_HISTORY_ROWS]
-    if record.skipped:
+    if record.skipped or (record.prevention is not None and record.prevention.gave_in):
         state.unhealthy_until_step = record.step
     if state.pending is not None:
         return  # the last steps of an attempt that is to leave prove nothing

@@ -121,7 +121,7 @@ class LadderPlace(_Mutable):
 
 
 class ReplayRow(_Mutable):
-    """What one replayed step gave."""
+    """What one replayed step gave; `skipped` for not being finite."""
 
     loss: float
     grad_norm: float

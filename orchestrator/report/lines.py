@@ -41,7 +41,7 @@ def step_line(record: StepRecord, tokens_per_s: float | None = None) -> str:
         grad_norm=record.grad_norm,
         lr=record.lr,
         tokens_per_s=round(tokens_per_s) if tokens_per_s else None,
-        skipped="yes" if record.skipped else None,
+        skipped=record.skip_reason,
     )
 
 

@@ -21,6 +21,7 @@ from monitors.records import (
     Condemned,
     EvalRecord,
     FaultRecord,
+    Prevention,
     Record,
     SnapshotRecord,
     StepRecord,
@@ -136,6 +137,26 @@ def test_non_finite_values_survive_and_are_counted() -> None:
     assert _value(series, "nonfinite_total", signal="loss") == 1
     assert _value(series, "nonfinite_total", signal="grad_norm") == 1
     assert _value(series, "skipped_steps_total") == 1
+
+
+def test_each_rung_of_the_prevention_ladder_is_counted() -> None:
+    """By what acted; a step may be of two rungs, and the plain counters stay what they were."""
+    metrics = Metrics("run")
+    done: tuple[dict[str, Any], ...] = (
+        {},
+        {"clipped": True, "prevention": Prevention(clip_factor=0.5, clipped_by="clip_norm")},
+        {"clipped": True, "prevention": Prevention(clip_factor=0.5, clipped_by="adaptive_clip")},
+        {"clipped": True, "skipped": True, "prevention": Prevention(skipped="norm", norm_limit=1.0)},
+        {"loss": math.nan, "skipped": True},
+        {"clipped": True, "prevention": Prevention(clip_factor=0.1, clipped_by="clip_norm", gave_in=True)},
+    )
+    for step, fields in enumerate(done, 1):
+        metrics.observe(step_record(1, step, **fields))
+    _, series = _scrape(metrics)
+    counted = {rung: _value(series, "prevention_total", rung=rung) for rung in table.RUNGS}
+    assert counted == {"clip_norm": 2, "adaptive_clip": 1, "skip_norm": 1, "skip_non_finite": 1, "gave_in": 1}
+    assert _value(series, "clipped_steps_total") == 4
+    assert _value(series, "skipped_steps_total") == 2
 
 
 def test_what_was_not_recorded_is_not_made_up() -> None:

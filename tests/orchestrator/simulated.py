@@ -10,6 +10,7 @@ from monitors.records import (
     DataRange,
     EvalRecord,
     PlanAppliedRecord,
+    Prevention,
     StartedRecord,
     StepRecord,
     StepTime,
@@ -66,6 +67,7 @@ class World:
     dies_loading: set[int] = field(default_factory=set, metadata={"what": "attempts that die before they have loaded"})
     lag_steps: int = 0  # a trainer that is told to leave is in the middle of some more steps
     store_is_there: Callable[["World", int], bool] = lambda world, step: True
+    prevention: Callable[["World", int], Prevention | None] = lambda world, step: None
     validation: Callable[["World", int], float] = lambda world, step: 2.0 + 3.0 / (1 + step / 40)
 
     def __post_init__(self) -> None:
@@ -211,11 +213,13 @@ class World:
         loss = self.loss(self, self.step)
         lr = PEAK_LR * overlay_factor(plan.overlays, self.step)
         self.lrs[self.step] = lr
+        prevention = self.prevention(self, self.step)
+        skipped = loss != loss or (prevention is not None and prevention.skipped is not None)
         record = StepRecord(
             seq=self.seq + 1, attempt=plan.attempt, at_s=self.at_s, step=self.step, loss=loss, grad_norm=0.5,
             clipped=False, lr=lr * self.lr_error(self, self.step), lr_planned=lr, tokens=BATCH * 32,
             step_time_s=StepTime(data=0.0, compute=1.0, other=0.0), data=DataRange(begin=begin, end=position),
-            skipped=loss != loss, replay=plan.replay is not None,
+            skipped=skipped, prevention=prevention, replay=plan.replay is not None,
         )  # fmt: skip
         self.seq += 1
         self.feed(RecordReceived(at_s=self.at_s, record=record))

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from monitors.records import Prevention
 from orchestrator.policy.decisions import StartAttempt
 from orchestrator.policy.engine import Engine
 from orchestrator.policy.events import AttemptExited, AttemptSpawned, RunOpened, StopRequested, Ticked
@@ -71,6 +72,32 @@ def test_checkpoints_become_good_only_after_k_healthy_steps() -> None:
 
     promoted = {commit for commit, verdict in world.verdicts if verdict == "good"}
     assert promoted == {"000000000000-e1-1", "000000000010-e1-1"}
+
+
+@pytest.mark.parametrize("done", [Prevention(skipped="norm"), Prevention(gave_in=True)])
+def test_an_update_out_of_its_band_is_not_healthy(done: Prevention) -> None:
+    """Skipped or applied all the same: the K steps that make a checkpoint good begin anew after it."""
+    world = World(prevention=lambda world, step: done if step == 25 else None)
+    world.open()
+    world.load()
+    promoted: dict[str, int] = {}
+    while world.step < 46:
+        world.take_step()
+        promoted |= {commit: world.step for commit, _ in world.verdicts if commit not in promoted}
+    assert promoted["000000000010-e1-1"] == promoted["000000000020-e1-1"] == 45
+
+
+def test_many_skips_are_noticed_and_nothing_is_rolled_back() -> None:
+    """The norm arms, it never rolls back alone: a warning, with how the loss fares."""
+    world = World(prevention=lambda world, step: Prevention(skipped="norm") if 200 <= step < 208 else None)
+
+    end = world.run()
+
+    incident = world.incident("repeated_spikes_by_state")
+    assert (end.exit_code, len(world.plans)) == (0, 1)
+    assert (incident.onset_step, incident.detected_step) == (200, 202)
+    assert incident.decision == ["record", "notify"]
+    assert [(one.level, "3 in a row" in one.text) for one in world.notices] == [("warning", True)]
 
 
 def test_unrecovered_spike_is_evaluated_rolled_back_skipped_and_its_lr_lowered() -> None:

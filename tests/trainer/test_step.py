@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from monitors.records import LAYER_GROUPS
 from tests.trainer.tiny import CPU, FP32, changed, frozen_state, tiny_model, tiny_step, tiny_tokens
-from trainer.contract.config import OptimizerConfig
+from trainer.contract.config import OptimizerConfig, PreventionConfig
 from trainer.model import GPT, layer_groups
 from trainer.precision import resolve
 
@@ -113,6 +113,54 @@ def test_a_skipped_update_leaves_no_trace_in_later_ones() -> None:
         step(tiny_tokens(seed=2), 1e-2)
         ends.append(frozen_state(model, step.optimizer))
     assert changed(*ends) == set()
+
+
+_QUICK = {"window_steps": 8, "min_steps": 2, "max_skips": 2}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_an_update_out_of_the_band_changes_nothing(precision: Literal["fp32", "bf16", "fp16"]) -> None:
+    """Weights, moments and step counts stay bit-identical, the record says why, and the next update is sound."""
+    model, prevention = tiny_model(), PreventionConfig.model_validate({"skip_update": _QUICK})
+    step = tiny_step(model, precision=resolve(precision, CPU), prevention=prevention)
+    for seed in range(3):
+        assert not step(tiny_tokens(seed=seed), 1e-3).read().skipped
+    before = frozen_state(model, step.optimizer)
+    step.after_backward = _tenfold
+    result = step(tiny_tokens(seed=4), 1e-3).read()
+    step.after_backward = None
+    assert result.skipped
+    assert result.finite
+    assert changed(before, frozen_state(model, step.optimizer)) == set()
+    assert result.prevention is not None
+    assert (result.prevention.skipped, result.prevention.clip_factor) == ("norm", None)
+    assert result.prevention.norm_limit is not None
+    assert result.grad_norm / 10 < result.prevention.norm_limit < result.grad_norm
+    assert not step(tiny_tokens(seed=5), 1e-3).read().skipped
+    assert changed(before, frozen_state(model, step.optimizer)) == before.keys()
+
+
+def _tenfold(model: GPT) -> None:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.mul_(10)
+
+
+@pytest.mark.parametrize(("clip_norm", "by"), [(1e9, "adaptive_clip"), (1e-3, "clip_norm")])
+def test_the_lower_of_both_limits_clips(clip_norm: float, by: str) -> None:
+    """Adaptive clipping goes below `clip_norm`, never above; the record has the factor by which the gradient shrank."""
+    prevention = PreventionConfig.model_validate({"adaptive_clip": {"warm_up_steps": 2}})
+    step = tiny_step(tiny_model(), clip_norm=clip_norm, prevention=prevention)
+    for seed in range(4):
+        step(tiny_tokens(seed=seed), 1e-3)
+    step.after_backward = _tenfold
+    result = step(tiny_tokens(seed=4), 1e-3).read()
+    found = torch.cat([p.grad.flatten() for p in step.model.parameters() if p.grad is not None]).norm().item()
+    assert result.clipped
+    assert result.prevention is not None
+    assert result.prevention.clipped_by == by
+    assert result.prevention.clip_factor == pytest.approx(found / result.grad_norm, rel=2e-3)
+    assert found == pytest.approx(1e-3, rel=2e-3) if by == "clip_norm" else found < result.grad_norm / 5
 
 
 def test_fp16_overflow_lowers_the_scale_and_its_state_can_be_kept() -> None:
@@ -230,16 +278,20 @@ def test_the_counter_of_waits_counts() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_never_asks_the_device(precision: Literal["fp32", "bf16", "fp16"], checkpointing: bool) -> None:
+@pytest.mark.parametrize("rungs", [{}, {"skip_update": _QUICK, "adaptive_clip": {"warm_up_steps": 2}}])
+def test_a_step_never_asks_the_device(
+    precision: Literal["fp32", "bf16", "fp16"], checkpointing: bool, rungs: dict[str, Any]
+) -> None:
     """No value reaches the host during a step, with every signal on; `read` is the only place that waits."""
     model = tiny_model(qk_norm=True, z_loss=1e-4, checkpointing=checkpointing)
-    step = tiny_step(model, precision=resolve(precision, CPU), micro_sequences=2)
+    prevention = PreventionConfig.model_validate(rungs)
+    step = tiny_step(model, precision=resolve(precision, CPU), micro_sequences=2, prevention=prevention)
     tokens = tiny_tokens()
     with _Waits() as waits:
-        pending = step(tokens, 1e-3, details=True)
+        pending = [step(tokens, 1e-3, details=True) for _ in range(3)]  # the rungs are armed by the third
     assert waits.seen > 100
     assert waits.asked == []
-    assert math.isfinite(pending.read().loss)
+    assert all(math.isfinite(one.read().loss) for one in pending)
 
 
 def test_seams_are_called_once_per_micro_batch_and_once_per_update() -> None:

@@ -49,6 +49,47 @@ class OptimizerConfig(Section):
     clip_norm: float = Field(1.0, gt=0)
 
 
+class SkipUpdateConfig(Section):
+    """Leave out a finite update whose gradient norm is far above those before it."""
+
+    sigma: float = Field(
+        6.0, gt=0, description="robust standard deviations of ln(norm) above the median; OLMo-core's skip-step has 6"
+    )
+    min_ratio: float = Field(
+        3.0, ge=1, description="and at least so many times the median: what is below is left to clipping"
+    )
+    window_steps: int = Field(128, ge=2, le=8192, description="updates whose norms make the band; OLMo-core's length")
+    min_steps: int = Field(64, ge=1, description="norms before the band is trusted; OLMo-core's number")
+    max_skips: int = Field(
+        10, ge=1, description="within the window; then the update is applied and the band starts anew: a new level"
+    )
+
+    @model_validator(mode="after")
+    def _window_suffices(self) -> Self:
+        if self.min_steps + self.max_skips > self.window_steps:
+            raise ValueError(
+                f"window_steps {self.window_steps} must be at least min_steps {self.min_steps} + max_skips "
+                f"{self.max_skips}, or the band would not be trusted while it skips"
+            )
+        return self
+
+
+class AdaptiveClipConfig(Section):
+    """Clip below `optimizer.clip_norm` where a norm is far above its moving average (ZClip, arXiv 2504.02507)."""
+
+    method: Literal["zclip"] = "zclip"
+    z: float = Field(2.5, gt=0, description="standard deviations above the average; ZClip's")
+    alpha: float = Field(0.97, gt=0, lt=1, description="share of the old in the moving averages; ZClip's")
+    warm_up_steps: int = Field(25, ge=2, description="norms that the averages start with; ZClip's")
+
+
+class PreventionConfig(Section):
+    """What is done about a bad gradient at once, beside `optimizer.clip_norm`; a non-finite update is never applied."""
+
+    skip_update: SkipUpdateConfig | None = Field(None, description="null: off; {} turns it on")
+    adaptive_clip: AdaptiveClipConfig | None = Field(None, description="null: off; {} turns it on")
+
+
 class ScheduleConfig(Section):
     """Linear warm-up from 0, then cosine, warm-up-stable-decay (WSD) or constant."""
 
@@ -256,7 +297,7 @@ class LaunchConfig(Section):
 FaultKind = Literal[
     "nan_loss", "nan_grad", "lr_bomb", "lr_override", "bad_shard", "leak_targets", "zero_layer", "saturate_layer",
     "drop_optimizer_state", "bit_flip", "corrupt_checkpoint", "hang", "sigkill", "slow", "torn_write", "store_error",
-    "oom", "loss_drift", "scale_qk",
+    "oom", "loss_drift", "scale_qk", "grad_bomb",
 ]  # fmt: skip
 
 
@@ -276,8 +317,8 @@ class FaultConfig(Section):
     once: bool = True
     factor: float = Field(
         100.0,
-        description="lr_bomb, lr_override, scale_qk and saturate_layer: a factor; leak_targets: odds; slow: seconds; "
-        "loss_drift: about so many nats a step, by growing noise on the weights",
+        description="lr_bomb, lr_override, scale_qk, saturate_layer, grad_bomb: a factor; leak_targets: odds; "
+        "slow: seconds; loss_drift: about so many nats a step, by growing noise on the weights",
     )
     target: Literal["weight", "gradient"] = "weight"
     mode: Literal["gil_held", "gil_free", "sigstop"] = "gil_free"
@@ -299,6 +340,7 @@ class RunConfig(Section):
     deterministic: bool = True
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    prevention: PreventionConfig = PreventionConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()
     data: DataConfig

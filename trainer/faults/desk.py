@@ -21,7 +21,7 @@ from trainer.step import TrainStep
 _AT_LOAD: tuple[FaultKind, ...] = ("drop_optimizer_state",)
 _AT_STEP: tuple[FaultKind, ...] = (
     "slow", "sigkill", "hang", "oom", "bad_shard", "lr_bomb", "lr_override", "zero_layer", "saturate_layer",
-    "scale_qk", "loss_drift", "bit_flip", "nan_loss", "nan_grad", "leak_targets",
+    "scale_qk", "loss_drift", "bit_flip", "nan_loss", "nan_grad", "grad_bomb", "leak_targets",
 )  # fmt: skip
 
 
@@ -129,6 +129,8 @@ class FaultDesk:
                 core.after_backward = _then(core.after_backward, lambda m: effects.flip_gradient_bit(m, fault))
             case "nan_grad":
                 core.after_backward = _then(core.after_backward, lambda m: effects.poison_gradient(m, fault))
+            case "grad_bomb":
+                core.after_backward = _then(core.after_backward, lambda m: effects.reverse_gradients(m, fault))
             case "nan_loss":
                 core.transform_losses = effects.poison_losses
             case "leak_targets":

@@ -80,6 +80,17 @@ def poison_gradient(model: GPT, fault: FaultConfig) -> None:
     gradient.view(-1)[0] = torch.nan
 
 
+@torch.no_grad()
+def reverse_gradients(model: GPT, fault: FaultConfig) -> None:
+    """All gradients point uphill, `factor` times as long: clipping shortens such an update, it does not turn it.
+
+    With a negative factor they keep their direction and only grow.
+    """
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(-fault.factor)
+
+
 def poison_losses(losses: Tensor) -> Tensor:
     """Every loss becomes NaN, in the graph: so do all gradients."""
     return losses * torch.nan
