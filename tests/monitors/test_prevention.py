@@ -119,7 +119,7 @@ def test_what_was_held_back_is_evidence_of_a_loss_that_climbs() -> None:
     """A slow divergence behind the ladder says how much of it the ladder has hidden."""
     shape = climb(healthy(1), 600, 2e-3)
     stream = [
-        _left_out(step, shape) if step % 125 == 0 else step_record(step, shape(step), clipped=step > 200)
+        _left_out(step, shape) if step % 125 == 0 else step_record(step, shape(step), clipped=step > 200, grad_norm=0.5)
         for step in range(1, 1200)
     ]
     (found,) = [one for one in watch(Diagnosis(), stream) if one.cls is IncidentClass.SLOW_DIVERGENCE][:1]
