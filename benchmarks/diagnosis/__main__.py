@@ -1,17 +1,20 @@
 """Labelled runs through Longwatch's diagnosis and the published rules: who is right, how late, at what cost.
 
-`python -m benchmarks.diagnosis [--runs N] [--healthy-steps N] [--seed S]`. Runs that were made here and runs that were
-recorded by others are reported apart. The last line has the figures; the HTML page beside them shows every curve.
+`python -m benchmarks.diagnosis [--runs N] [--healthy-steps N] [--injected N] [--seed S]`. Curves that were made here
+(with gradient norms, and with the loss alone), tiny models that were really trained with faults put in, and runs that
+were recorded by others are reported apart. The last line has the figures; the HTML page beside them shows every curve.
 """
 
 import argparse
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.common import RESULTS, report
 from benchmarks.diagnosis import synthetic
+from benchmarks.diagnosis.injected import injected_runs
 from benchmarks.diagnosis.page import write_page
 from benchmarks.diagnosis.recorded import Recorded, is_large, recorded_runs, residuals
 from benchmarks.diagnosis.score import Score, wilson
@@ -46,6 +49,12 @@ def made(runs: int, healthy_steps: int, seed: int, noise: Floats | None) -> Iter
         run = synthetic.healthy(seed + number, _RUN_STEPS, noise)
         steps, number = steps + run.steps, number + 1
         yield run
+
+
+def loss_alone(run: Run) -> Run:
+    """The same run as a log without gradient norms would have it."""
+    bare = [one.model_copy(update={"grad_norm": None}) if isinstance(one, StepRecord) else one for one in run.records]
+    return replace(run, records=bare)
 
 
 class Corpus:
@@ -155,14 +164,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=60, help="of each class")
     parser.add_argument("--healthy-steps", type=int, default=3_000_000)
+    parser.add_argument("--injected", type=int, default=3, help="seeds of which every cause is really trained")
     parser.add_argument("--seed", type=int, default=1_000_000, help="not one that thresholds were chosen on")
     arguments = parser.parse_args(argv)
     recorded = recorded_runs()
     noise = residuals(recorded)
-    ours = Corpus("made", beside=True)
+    ours, alone = Corpus("made", beside=True), Corpus("made, loss alone", beside=False)
     for run in made(arguments.runs, arguments.healthy_steps, arguments.seed, noise):
         ours.add(run)
-    corpora = [ours]
+        alone.add(loss_alone(run))
+    trained = Corpus("injected", beside=True)
+    for run in injected_runs(range(arguments.seed, arguments.seed + arguments.injected)):
+        trained.add(run)
+    corpora = [ours, alone, trained]
     figures: dict[str, Any] = {"steps_per_s": round(speed(synthetic.with_incident(CLASSES[-1], 0)))}
     if recorded:
         averaged, single = Corpus("recorded, averaged", beside=True), Corpus("recorded, one rank", beside=True)
