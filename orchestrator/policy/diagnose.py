@@ -1,10 +1,10 @@
 """Diagnosis by replay (DESIGN 6): the bad stretch is run again to tell hardware, data, state and optimisation apart.
 
 Pure. Two plain replays first. They differ where the device is deterministic, or are healthy where the record was not:
-hardware. Both are bad as the record was: once more without the suspect data. If that is clean, without an equal innocent
-window as control: the data is convicted only if the control is bad, else it was data x state. If it is bad, with the
-learning rate lowered to almost nothing from shortly before the onset: clean is optimisation, bad is the state. What falls
-between healthy and bad, or beyond the budget of steps, is inconclusive: nothing is skipped on a suspicion.
+hardware. Both are bad as the record was: once more without the suspect data. If that is clean, without an equal
+innocent window as control: the data is convicted only if the control is bad, else it was data x state. If it is bad,
+with the learning rate lowered to almost nothing from shortly before the onset: clean is optimisation, bad is the state.
+What falls between healthy and bad, or beyond the budget of steps, is inconclusive: nothing is skipped on a suspicion.
 """
 
 import math
@@ -45,10 +45,10 @@ _LEAD_STEPS = 32  # before the onset, from which on the LR is lowered: what it d
 
 
 def begin(
-    state: EngineState, incident: Incident, candidates: list[str], suspect: tuple[int, int], target: Commit,
-    settings: Diagnose,
-) -> DiagnosisByReplay:  # fmt: skip
-    """Plan the replays from the target to the detection."""
+    state: EngineState, incident: Incident, candidates: Sequence[Commit], suspect: tuple[int, int], settings: Diagnose
+) -> DiagnosisByReplay:
+    """Plan the replays from the first candidate to the detection."""
+    target = candidates[0]
     recorded = {row.step: _replayed(row) for row in state.history if row.step > target.step}
     healthy = [row.loss for row in state.history if row.step < incident.onset_step and _is_sound(row)][-_HEALTHY_ROWS:]
     size = suspect[1] - suspect[0]
@@ -56,7 +56,7 @@ def begin(
     level = median(healthy) if healthy else None
     return DiagnosisByReplay(
         incident=incident.id,
-        candidates=candidates,
+        candidates=[commit.id for commit in candidates],
         from_step=target.step,
         onset_step=incident.onset_step,
         to_step=max(incident.detected_step, incident.onset_step, target.step + 1),

@@ -16,6 +16,7 @@ from trainer.contract.plan import Overlay, Quarantine, SkipRange, overlay_factor
 #: Incidents of the loss share one ladder: a spike after a slow divergence is its relapse.
 _LOSS = frozenset({IncidentClass.UNRECOVERED_SPIKE, IncidentClass.SLOW_DIVERGENCE})
 _SUSPECT_LEAD = 3  # step onset - 2 is the first whose data is suspected
+_SUSPECT_LEAST = 16  # batches: a non-finite loss is seen after three, and bad data may go on
 _NON_FINITE = frozenset({IncidentClass.SUDDEN_NAN, IncidentClass.NAN_AFTER_LOAD, IncidentClass.PLATEAU_THEN_NAN})
 
 
@@ -275,16 +276,20 @@ def _lower(ctx: Context, incident: Incident, lower: LowerLr, from_step: int) -> 
 
 
 def _diagnose(ctx: Context, incident: Incident, settings: Diagnose) -> None:
-    """Suspect is all data from two batches before the onset, since damage may show later, to the detection."""
+    """Suspect is the data from two batches before the onset, since damage may show later, to as far again as it took
+    to see it, since what is wrong with the data need not have ended by then.
+    """
     state = ctx.state
     candidates = training_candidates(state.commits, incident.onset_step, 0)
     last = max(incident.onset_step, incident.detected_step)
-    suspect = (ctx.position_at(max(0, incident.onset_step - _SUSPECT_LEAD)), ctx.position_at(last))
+    end_step = max(2 * last - incident.onset_step, incident.onset_step + _SUSPECT_LEAST)
+    suspect = (ctx.position_at(max(0, incident.onset_step - _SUSPECT_LEAD)), ctx.position_at(end_step))
     if not candidates or suspect[0] >= suspect[1]:
         _undecided(ctx, incident, "there is no good checkpoint from which to replay it")
         return
-    names = [commit.id for commit in candidates]
-    replay = diagnose.begin(state, incident, names, suspect, candidates[0], settings)
+    innocent = suspect[0] - (suspect[1] - suspect[0])  # an older state, if need be, leaves room for the control
+    roomy = [commit for commit in candidates if commit.position <= innocent] or candidates
+    replay = diagnose.begin(state, incident, roomy, suspect, settings)
     if not diagnose.affordable(replay):
         _undecided(ctx, incident, f"two replays would take more than the {settings.max_steps} steps allowed")
         return

@@ -46,12 +46,15 @@ class FaultDesk:
         self._vocab_size = vocab_size
         self._step: TrainStep | None = None
         self._leak: effects.TargetLeak | None = None
+        self._flips: list[effects.ActivationFlip] = []
 
     def attach(self, step: TrainStep) -> None:
         """Take hold of the numerical core, once it is built."""
         self._step = step
         if self._injector.configured("leak_targets"):
             self._leak = effects.TargetLeak(step.model)
+        flips = [f for f in self._injector.of("bit_flip") if f.target == "activation"]
+        self._flips = [effects.ActivationFlip(step.model, fault) for fault in flips]
 
     def after_load(self, step: int) -> None:
         """The state of `step` has been loaded."""
@@ -86,6 +89,8 @@ class FaultDesk:
         core = self._core
         core.transform_losses = None
         core.after_backward = None
+        for flip in self._flips:
+            flip.armed = False
         if self._leak is not None:
             self._leak.odds = 1.0
 
@@ -125,6 +130,9 @@ class FaultDesk:
                 effects.drift(core.model, fault, step, fired.count)
             case "bit_flip" if fault.target == "weight":
                 effects.flip_weight_bit(core.model, fault)
+            case "bit_flip" if fault.target == "activation":
+                for flip in self._flips:
+                    flip.armed |= flip.fault == fault
             case "bit_flip":
                 core.after_backward = _then(core.after_backward, lambda m: effects.flip_gradient_bit(m, fault))
             case "nan_grad":
