@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check format clean bench-checkpoint bench-data bench-diagnosis
+.PHONY: help setup demo test check format clean bench-checkpoint bench-data bench-diagnosis bench-replay-diagnosis
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench-checkpoint  how long a save holds up training, beside memcpy, torch.save and DCP"
 	@echo "make bench-data  tokens a second, beside a plain loop and a plain DataLoader"
 	@echo "make bench-diagnosis  incidents named, beside published rules, and a page with every curve"
+	@echo "make bench-replay-diagnosis  causes named by replays of real runs with seeded faults"
 	@echo "make format  put the sources in order"
 	@echo "make clean   remove the environment, caches and the demo's runs"
 
@@ -44,6 +45,9 @@ bench-data: setup
 
 bench-diagnosis: setup
 	$(BIN)/python -m benchmarks.diagnosis
+
+bench-replay-diagnosis: setup
+	$(BIN)/python -m benchmarks.replay_diagnosis
 
 format: setup
 	$(BIN)/ruff format .

@@ -1,7 +1,7 @@
 """Support for diagnoses by replay on the real trainer: the engine decides, attempts run in this process, one by one.
 
 An attempt runs to its planned end; its records are folded in order until the engine has it stopped, as it would have
-been. So a diagnosis costs five short attempts and no process.
+been. So a diagnosis costs a few short attempts and no process.
 """
 
 from collections.abc import Iterator

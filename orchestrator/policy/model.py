@@ -52,7 +52,7 @@ class LowerLr(Section):
 
 
 class Diagnose(Section):
-    """Replay the bad stretch from the last good checkpoint, up to five times, within a budget of steps."""
+    """Replay the bad stretch from the last good checkpoint, up to four times, within a budget of steps."""
 
     max_steps: int = Field(
         default=8000, ge=2, le=1_000_000, description="of all replays together; what does not fit is inconclusive"
