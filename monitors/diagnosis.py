@@ -164,9 +164,8 @@ class Diagnosis:
         planned, climbing = self._recently_planned(row.step), self._drift.state.key is not None
         spikes = self._spike.observe(row, key + len(found), planned_change=planned, climbing=climbing)
         found += spikes
-        if any(f.kind == "suspected" for f in spikes):
-            conviction = self._shards.on_onset(spikes[0].onset_step)
-            found += self._convicted(conviction, row.step, key + len(found))
+        for begun in (f for f in spikes if f.kind == "suspected"):
+            found += self._convicted(self._shards.on_onset(begun.onset_step), row.step, key + len(found))
         if any(f.kind == "closed" for f in spikes) and any(f.cls is not IncidentClass.TRANSIENT_SPIKE for f in spikes):
             self._drift.forget()
         found += self._repeated(spikes, row, key + len(found))
@@ -197,7 +196,7 @@ class Diagnosis:
         if finding.cls in _NOT_OF_THE_MODEL or finding.kind == "dismissed":
             return finding
         known = self._blame.evidence(finding.onset_step, finding.step)
-        loud = self._shards.loud_in(range(finding.onset_step - 2, finding.step + 1))
+        loud = self._shards.loud_in(range(finding.onset_step - 2, finding.onset_step + 3))
         if loud and "shards" not in finding.evidence:
             known["shards"] = loud
         return replace(finding, evidence={**finding.evidence, **known})

@@ -19,6 +19,7 @@ from monitors.taxonomy import Evidence
 from monitors.window import MAD_TO_SIGMA
 
 _WINDOW_STEPS = 16  # before an onset: the gradient norm left its band 4 steps before the loss at BLOOM
+_BEFORE_STEPS, _AFTER_STEPS = 2, 32  # around an onset, whose worst samples are named
 _KEPT = 64
 _VALUES = 32
 _MIN_VALUES = 8
@@ -82,7 +83,7 @@ class Blame:
 
     def evidence(self, onset_step: int, step: int) -> Evidence:
         """What speaks of an incident that began at `onset_step`, as far as it is known at `step`."""
-        return {**self._samples(onset_step, step), **self._layers(onset_step, step)}
+        return {**self._samples(onset_step, step), **self._layers(onset_step)}
 
     def rewind(self, step: int) -> None:
         """A new attempt from `step` updates: what came later did not happen; the bands are made anew."""
@@ -92,19 +93,20 @@ class Blame:
         state.series = {}
 
     def _samples(self, onset_step: int, step: int) -> Evidence:
-        window = [known for known in self.state.worst if onset_step - 2 <= known[0] <= step]
+        worst, begin, end = self.state.worst, onset_step - _BEFORE_STEPS, onset_step + _AFTER_STEPS
+        if not worst or worst[0][0] > onset_step:
+            return {}  # what an earlier finding said of it stands; later samples have nothing to do with its onset
+        window = [known for known in worst if begin <= known[0] <= min(step, end)]
         ranked = sorted(window, key=lambda known: (not math.isnan(known[2]), -known[2]))[:_SAMPLES]
-        if not ranked:
-            return {}
         return {
             "samples": [position for _, position, _ in ranked],
             "sample_losses": [round(loss, 6) for _, _, loss in ranked],
             "sample_steps": [at for at, _, _ in ranked],
         }
 
-    def _layers(self, onset_step: int, step: int) -> Evidence:
+    def _layers(self, onset_step: int) -> Evidence:
         begin = onset_step - _WINDOW_STEPS
-        window = [known for known in self.state.departures if begin <= known.step <= min(step, onset_step + 1)]
+        window = [known for known in self.state.departures if begin <= known.step <= onset_step + 1]
         if not window:
             return {}
         first = min(known.step for known in window)

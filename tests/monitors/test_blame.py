@@ -86,6 +86,19 @@ def test_the_worst_samples_of_the_window_are_named() -> None:
     assert losses[:2] == [12.5, 9.0]
 
 
+def test_what_comes_long_after_the_onset_does_not_replace_its_samples() -> None:
+    """Findings made later about the same spike name its own worst samples, or none."""
+    diagnosis, found = Diagnosis(), []
+    for step in range(1, _ONSET + 120):
+        fields: dict[str, Any] = {"worst": (4711, 20.0)} if step == _ONSET else {}
+        fields |= {"worst": (9999, 50.0)} if step == _ONSET + 110 else {}
+        found += diagnosis.observe(_step(step, lifted=2.0 if step >= _ONSET else 0.0, **fields))
+
+    named = [f.evidence["samples"] for f in found if f.step >= _ONSET and "samples" in f.evidence]
+    assert named
+    assert all(isinstance(samples, list) and samples[0] == 4711 for samples in named)
+
+
 def test_a_broken_layer_and_its_sample_survive_the_snapshot() -> None:
     """A NaN in the activations from one group on: the first of them in the order of the model is named."""
 
