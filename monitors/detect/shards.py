@@ -1,10 +1,11 @@
 """Which shard did it: spikes are tied to shards by e-values (`monitors.detect.evalues`), never by company alone.
 
 Two kinds of event speak. *Loud*: in the per-shard losses of one batch one shard alone stands out of its own history,
-or of its kind while it has none; q is its chance to be read times its share of the batch. *Onset*: a spike begins with
-no such shard; then the shards of the batch, or of one or two batches before, are the suspects, and q is their chance
-to be read. That chance is the largest of the shares over the last 4, 32 and 256 batches, over the run, and of an
-average shard, each before the batch: where reads come in stretches, a bad stretch of the run is no evidence.
+or of its kind while it has none, even without the batch's worst sequence; q is its chance to be read times its share
+of the batch. *Onset*: a spike begins with no such shard; then the shards of the batch, or of one or two batches
+before, are the suspects, and q is their chance to be read. That chance is the largest of the shares over the last 4,
+32 and 256 batches, over the run, and of an average shard, each before the batch: where reads come in stretches, a bad
+stretch of the run is no evidence.
 
 A shard is convicted at S/alpha for S shards, so an innocent one is quarantined with probability at most alpha in a
 run, however long. S is what the run declares; where it declares nothing, what was seen and at least 100, which makes
@@ -210,6 +211,8 @@ class ShardDetector:
         if shard not in loud:
             return None
         over = overs[shard]
+        if not self._without_its_worst(record, shard, len(overs), band):
+            return None  # one hard sample, not the shard
         others = [other for s, other in overs.items() if s != shard]
         if others and (max(others) > _RIVAL * over or median(others) > _ALIKE * over):
             return None  # the whole batch is up, or another as much: not this shard's doing
@@ -232,6 +235,14 @@ class ShardDetector:
         alike = sorted((level for other, level in state.levels.items() if other != shard), reverse=True)
         kind = alike[_KIND_SHARDS - 1] if len(alike) >= _KIND_SHARDS else 0.0
         return over >= max(_KIND_NATS, min(_KIND_MOST_NATS, 1.5 * kind))
+
+    def _without_its_worst(self, record: StepRecord, shard: int, width: int, band: Band) -> bool:
+        """Whether it is loud still if the worst sequence of the batch, wherever that lay, is taken out of it."""
+        count, total = record.shards[shard]
+        if record.worst is None or count < 2:
+            return True
+        rest = (total - record.worst[1]) / (count - 1) - band.trend(record.step) - self._own_level(shard)
+        return self._is_loud(shard, rest, count - 1, width, band)
 
     def _remember(self, overs: Mapping[int, tuple[float, float]], loud: set[int]) -> None:
         state = self.state

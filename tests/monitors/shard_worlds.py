@@ -25,9 +25,11 @@ _WINDOW = 12  # batches that read the same shards, where blocks are shuffled wit
 _BAND = Band(anchor_step=0.0, level=TREND, slope=0.0, scale=0.05, reach=1.0)
 
 
-def batch(step: int, shards: dict[int, tuple[int, float]], loss: float = TREND) -> StepRecord:
+def batch(
+    step: int, shards: dict[int, tuple[int, float]], loss: float = TREND, worst: tuple[int, float] | None = None
+) -> StepRecord:
     """A step record of these shards; not validated, because these tests make hundreds of thousands."""
-    return StepRecord.model_construct(seq=step, attempt=1, at_s=0.0, step=step, loss=loss, shards=shards)
+    return StepRecord.model_construct(seq=step, attempt=1, at_s=0.0, step=step, loss=loss, shards=shards, worst=worst)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class World:
     losses: bool = True
 
     def steps(self, count: int) -> Iterator[tuple[StepRecord, bool]]:
-        """Records in order, and whether a spike begins with each."""
+        """Records in order, and whether a spike begins with each. `over` is (shards, sequences of each)."""
         rng = np.random.default_rng((self.seed, self.width, FAMILIES.index(self.family)))
         kinds = np.where(rng.random(SHARDS) < 0.3, -1.0, rng.normal(0, 0.3, SHARDS)) if self.family == "kinds" else None
         poison, poisoned = dict(self.poison), frozenset(dict(self.poison))
@@ -57,7 +59,7 @@ class World:
                 burst_until = step + 60
             rate = {"state": 0.02, "bursts": 0.25 if step < burst_until else 0.0}.get(self.family, 0.0)
             lifted = 1.5 * rng.uniform(0.7, 1.3, self.width) if rng.random() < rate else np.zeros(self.width)
-            over = self._noise(rng) + lifted + (kinds[shards] if kinds is not None else 0.0)
+            over = self._noise(rng) + (lifted + (kinds[shards] if kinds is not None else 0.0))[:, None]
             for place in [place for place, shard in enumerate(shards.tolist()) if shard in poisoned]:
                 over[place] += poison[int(shards[place])]
             was_up, up = up, bool(over.mean() > 6 * _BAND.scale)
@@ -71,16 +73,14 @@ class World:
             drawn = rng.normal(0, 0.3, (self.width, each))
         if self.family == "hard_samples":
             drawn += 8.0 * (rng.random((self.width, each)) < 1 / 3000)
-        return np.asarray(drawn.mean(axis=1))
+        return np.asarray(drawn)
 
-    def _record(
-        self, step: int, shards: npt.NDArray[np.int64],
-        over: npt.NDArray[np.float64],
-    ) -> StepRecord:  # fmt: skip
+    def _record(self, step: int, shards: npt.NDArray[np.int64], over: npt.NDArray[np.float64]) -> StepRecord:
         each = SEQUENCES // self.width
-        sums = (each * (TREND + over)).tolist() if self.losses else [math.nan] * self.width
+        sums = (TREND + over).sum(axis=1).tolist() if self.losses else [math.nan] * self.width
         told = {shard: (each, total) for shard, total in zip(shards.tolist(), sums, strict=True)}
-        return batch(step, told, TREND + float(over.mean()))
+        worst = (step * SEQUENCES, TREND + float(over.max())) if self.losses else None
+        return batch(step, told, TREND + float(over.mean()), worst)
 
 
 def convictions(world: World, count: int, *, until: int | None = None) -> list[tuple[Conviction, dict[int, int]]]:
