@@ -9,7 +9,9 @@ stretch of the run is no evidence.
 
 A shard is convicted at S/alpha for S shards, so an innocent one is quarantined with probability at most alpha in a
 run, however long. S is what the run declares; where it declares nothing, what was seen and at least 100, which makes
-it alpha (1 + ln(S/100)). Memory is O(shards), the work of a step O(shards in its batch).
+it alpha (1 + ln(S/100)). That holds as far as the chances are estimated right and no innocent shard is prone to bad
+batches by nature; three hits, and a quarter of its reads, are asked for besides. Memory
+is O(shards), the work of a step O(shards in its batch).
 """
 
 import math
