@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test search check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention
+.PHONY: help setup demo test search check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-data  tokens a second, beside a plain loop and a plain DataLoader"
 	@echo "make bench-diagnosis  incidents named, beside published rules, and a page with every curve"
 	@echo "make bench-prevention  what each rung of the prevention ladder costs an update"
+	@echo "make bench-replay-diagnosis  causes named by replays of real runs with seeded faults"
 	@echo "make format  put the sources in order"
 	@echo "make clean   remove the environment, caches and the demo's runs"
 
@@ -52,6 +53,9 @@ bench-diagnosis: setup
 
 bench-prevention: setup
 	$(BIN)/python -m benchmarks.prevention
+
+bench-replay-diagnosis: setup
+	$(BIN)/python -m benchmarks.replay_diagnosis
 
 format: setup
 	$(BIN)/ruff format .

@@ -12,19 +12,23 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from monitors.detect.blame import Blame, BlameState
 from monitors.detect.drift import DriftDetector, DriftState
 from monitors.detect.nonfinite import NonFiniteDetector, NonFiniteState, is_finite
 from monitors.detect.notices import NoticeDetector, NoticeState, Recorded
 from monitors.detect.prevention import PreventionDetector, PreventionState
-from monitors.detect.shards import ShardDetector, ShardState
+from monitors.detect.shards import Conviction, ShardDetector, ShardState
 from monitors.detect.spike import SpikeDetector, SpikeState
-from monitors.records import ActivationRecord, EvalRecord, Record, StepRecord
+from monitors.records import ActivationRecord, EvalRecord, Record, StartedRecord, StepRecord
 from monitors.settings import DetectSettings
 from monitors.taxonomy import Evidence, Finding, IncidentClass
 from monitors.window import Row
 
 _HISTORY_ROWS = 4096
 _LOST = (IncidentClass.UNRECOVERED_SPIKE, IncidentClass.SLOW_DIVERGENCE)
+_NOT_OF_THE_MODEL = frozenset(
+    {IncidentClass.LR_MISMATCH, IncidentClass.LOSS_DISCONTINUITY, IncidentClass.THROUGHPUT_DROP}
+)
 
 
 class _State(BaseModel):
@@ -41,6 +45,7 @@ class _State(BaseModel):
     prevention: PreventionState = Field(default_factory=PreventionState)
     drift: DriftState = Field(default_factory=DriftState)
     shards: ShardState = Field(default_factory=ShardState)
+    blame: BlameState = Field(default_factory=BlameState)
     notices: NoticeState = Field(default_factory=NoticeState)
 
 
@@ -65,17 +70,23 @@ class Diagnosis:
         self._prevention = PreventionDetector(self._settings, inner.prevention)
         self._drift = DriftDetector(self._settings, inner.drift)
         self._shards = ShardDetector(self._settings, inner.shards)
+        self._blame = Blame(inner.blame)
         self._notices = NoticeDetector(self._settings, inner.notices)
 
     def observe(self, record: Record) -> list[Finding]:
         """Take one record in; replays are not to be fed."""
         match record:
             case StepRecord():
-                found = self._step(record)
+                self._blame.observe(record)
+                found = [self._with_blame(finding) for finding in self._step(record)]
             case EvalRecord():
                 found = self._eval(record)
             case ActivationRecord():
+                self._blame.observe(record)
                 found = self._activation(record)
+            case StartedRecord():
+                self._shards.declare(len(record.shards))
+                return []
             case _:
                 return []
         for finding in found:
@@ -102,7 +113,8 @@ class Diagnosis:
         self._nonfinite.rewind(step)
         self._prevention.rewind(step)
         self._drift.rewind(step)
-        self._shards.rewind(list(quarantined))
+        self._shards.rewind(step, list(quarantined))
+        self._blame.rewind(step)
         self._notices.rewind(rerun, step)
 
     def note_overlays(self, overlays: tuple[tuple[int, int], ...]) -> None:
@@ -132,7 +144,7 @@ class Diagnosis:
         found += self._prevention.observe(record, state.history, key + len(found))
         found += self._notices.learning_rate(record, key + len(found))
         if not is_finite(record):
-            return found
+            return found + self._broken(record, key + len(found))
         row = Row(step=record.step, loss=record.loss)
         found += [self._with_prevention(finding) for finding in self._loss(record, row, key + len(found))]
         found += self._notices.rerun(record, key + len(found))
@@ -152,18 +164,8 @@ class Diagnosis:
         found: list[Finding] = []
         band = self._spike.band()
         trusted = len(self._state.spike.window) >= self._settings.min_rows
-        conviction = self._shards.observe(record, band if trusted else None)
-        event = self._state.spike.event
-        if conviction is not None:
-            number = event.key if event is not None else key
-            cls = IncidentClass.REPEATED_SPIKES_BY_SHARDS
-            if event is not None:
-                event.settled, event.shards = cls, [conviction.shard]
-            found.append(
-                Finding("classified", number, cls, conviction.onset_step, row.step, conviction.why, None,
-                        conviction.evidence, (conviction.shard,))
-            )  # fmt: skip
-            key += 1
+        found += self._convicted(self._shards.observe(record, band if trusted else None), row.step, key)
+        event, key = self._state.spike.event, key + len(found)
         if event is None:
             found += self._drift.observe_low(row, band if trusted else None, key + len(found))
             if any(finding.kind == "dismissed" for finding in found):  # the new level is real: expect it from now on
@@ -177,11 +179,42 @@ class Diagnosis:
             row, key + len(found), planned_change=planned, climbing=climbing, norm=record.grad_norm
         )
         found += spikes
+        for begun in (f for f in spikes if f.kind == "suspected"):
+            found += self._convicted(self._shards.on_onset(begun.onset_step), row.step, key + len(found))
         if any(f.kind == "closed" for f in spikes) and any(f.cls is not IncidentClass.TRANSIENT_SPIKE for f in spikes):
             self._drift.forget()
         found += self._repeated(spikes, row, key + len(found))
         found += self._climb(row, key + len(found))
         return found
+
+    def _broken(self, record: StepRecord, key: int) -> list[Finding]:
+        """A non-finite step speaks of its shards too: of the one that alone is not finite, or of all that were read."""
+        conviction = self._shards.observe(record, None)
+        if conviction is None and self._state.nonfinite.streak == 1:
+            conviction = self._shards.on_onset(record.step)
+        return self._convicted(conviction, record.step, key)
+
+    def _convicted(self, conviction: Conviction | None, step: int, key: int) -> list[Finding]:
+        """The class of the spike that is going on, or an incident of its own."""
+        if conviction is None:
+            return []
+        event, cls = self._state.spike.event, IncidentClass.REPEATED_SPIKES_BY_SHARDS
+        if event is not None:
+            event.settled, event.shards = cls, [conviction.shard]
+        number = event.key if event is not None else key
+        shards = (conviction.shard,)
+        onset, why, evidence = conviction.onset_step, conviction.why, conviction.evidence
+        return [Finding("classified", number, cls, onset, step, why, None, evidence, shards)]
+
+    def _with_blame(self, finding: Finding) -> Finding:
+        """The same finding with what is known of shards, samples and layers around its onset."""
+        if finding.cls in _NOT_OF_THE_MODEL or finding.kind == "dismissed":
+            return finding
+        known = self._blame.evidence(finding.onset_step, finding.step)
+        loud = self._shards.loud_in(range(finding.onset_step - 2, finding.onset_step + 3))
+        if loud and "shards" not in finding.evidence:
+            known["shards"] = loud
+        return replace(finding, evidence={**finding.evidence, **known})
 
     def _climb(self, row: Row, key: int) -> list[Finding]:
         """A climb may look like a spike that has just begun: then both are one anomaly."""

@@ -13,7 +13,7 @@ from orchestrator.policy.model import Actions, Backoff
 from orchestrator.policy.rules import matching
 from orchestrator.policy.state import EngineState, Incident, Recovery
 from orchestrator.recovery.target import process_candidates
-from trainer.contract.plan import ReplaySpec, ResumePlan, Segment
+from trainer.contract.plan import ResumePlan, Segment
 
 _IDLE_MOST_S = 300.0
 _ASSUMED_S = 86_400.0
@@ -49,12 +49,7 @@ def start(ctx: Context, recovery: Recovery, wait_s: float = 0.0) -> None:
         because=recovery.because,
     )
     if recovery.kind == "diagnose" and state.replay is not None:
-        plan = plan.model_copy(
-            update={
-                "skips": plan.skips + diagnose.extra_skips(state.replay),
-                "replay": ReplaySpec(to_step=state.replay.to_step, capture=True),
-            }
-        )
+        plan = diagnose.planned(state.replay, plan)
     not_before_s = state.now_s - state.clock_set_back_s + wait_s
     ctx.decide(StartAttempt(plan=plan, not_before_s=not_before_s, wait_s=wait_s, incident=recovery.incident))
 
@@ -119,7 +114,7 @@ def _next_replay(ctx: Context) -> Incident | None:
     incident = state.incident(state.replay.incident)
     assert incident is not None
     if incident.verdict is None:
-        because = f"diagnosis of incident {incident.id}: {diagnose.stage_name(state.replay)}"
+        because = f"diagnosis of incident {incident.id}: {diagnose.said(state.replay)}"
         candidates = state.replay.candidates
         start(ctx, Recovery(kind="diagnose", incident=incident.id, candidates=candidates, because=because))
         return None

@@ -51,11 +51,26 @@ class LowerLr(Section):
     min_factor: float = Field(default=0.05, gt=0, le=1, description="escalation multiplies, never below this")
 
 
+class Diagnose(Section):
+    """Replay the bad stretch from the last good checkpoint, up to four times, within a budget of steps."""
+
+    max_steps: int = Field(
+        default=8000, ge=2, le=1_000_000, description="of all replays together; what does not fit is inconclusive"
+    )
+    lr_factor: float = Field(default=0.01, gt=0, lt=1, description="of the replay with a lowered LR: an experiment")
+
+
 class RollBack(Section):
     """Back to the newest good checkpoint at or before the onset minus `margin_steps`."""
 
     margin_steps: int = Field(default=100, ge=0)
 
+
+def _by_replay(value: object) -> object:
+    return {} if value == "replay" else value
+
+
+ByReplay = Annotated[Diagnose, BeforeValidator(_by_replay, json_schema_input_type=Diagnose | Literal["replay"])]
 
 ActionName = Literal[
     "record", "notify", "capture", "evaluate", "diagnose", "checkpoint", "lower_lr", "roll_back", "skip_data",
@@ -69,7 +84,7 @@ class Actions(Section):
 
     capture: NoArguments | None = Field(default=None, description="keep the last 200 records and the stacks")
     evaluate: NoArguments | None = Field(default=None, description="evaluate now; the result is evidence")
-    diagnose: NoArguments | None = Field(default=None, description="replay the bad stretch to find the cause")
+    diagnose: ByReplay | None = Field(default=None, description="replay the bad stretch to find the cause")
     record: NoArguments | None = Field(default=None, description="write it into the logbook, nothing else")
     checkpoint: NoArguments | None = Field(default=None, description="save a checkpoint now")
     roll_back: RollBack | None = Field(default=None, description="go back to a good checkpoint before the onset")
@@ -129,7 +144,7 @@ class When(Section):
     )
     phase: Phase | tuple[Phase, ...] | None = Field(default=None, description="of a hang")
     validation_confirms: bool | None = Field(default=None, description="an evaluation on the spot shows it too")
-    verdict: Literal["hardware", "data", "data_and_state", "state", "inconclusive"] | None = Field(
+    verdict: Literal["hardware", "data", "data_and_state", "state", "optimisation", "inconclusive"] | None = Field(
         default=None, description="what `diagnose` found"
     )
     in_warm_up: bool | None = Field(default=None, description="the onset lies within the LR warm-up")

@@ -6,7 +6,7 @@ from orchestrator.policy.budgets import allow_rollback
 from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import CaptureEvidence, SendCommand, StopAttempt
 from orchestrator.policy.guards import refusal
-from orchestrator.policy.model import Actions, LowerLr, Rule
+from orchestrator.policy.model import Actions, Diagnose, LowerLr, Rule
 from orchestrator.policy.rules import matching, needs_validation
 from orchestrator.policy.state import Commit, Incident, LadderPlace, Recovery
 from orchestrator.recovery.target import training_candidates
@@ -15,6 +15,8 @@ from trainer.contract.plan import Overlay, Quarantine, SkipRange, overlay_factor
 
 #: Incidents of the loss share one ladder: a spike after a slow divergence is its relapse.
 _LOSS = frozenset({IncidentClass.UNRECOVERED_SPIKE, IncidentClass.SLOW_DIVERGENCE})
+_SUSPECT_LEAD = 3  # step onset - 2 is the first whose data is suspected
+_SUSPECT_LEAST = 16  # batches: a non-finite loss is seen after three, and bad data may go on
 _NON_FINITE = frozenset({IncidentClass.SUDDEN_NAN, IncidentClass.NAN_AFTER_LOAD, IncidentClass.PLATEAU_THEN_NAN})
 
 
@@ -182,7 +184,7 @@ def _carry_out(ctx: Context, incident: Incident, actions: Actions) -> None:
         incident.outcome, incident.end_step, incident.state = "halted", state.step, "closed"
         _leave_for(ctx, Recovery(kind="halt", incident=incident.id, because=incident.why))
     elif actions.diagnose is not None:
-        _diagnose(ctx, incident)
+        _diagnose(ctx, incident, actions.diagnose)
     elif actions.roll_back is not None:
         _roll_back(ctx, incident, actions, actions.roll_back.margin_steps)
     elif actions.restart is not None or actions.widen_rollback is not None:
@@ -273,18 +275,32 @@ def _lower(ctx: Context, incident: Incident, lower: LowerLr, from_step: int) -> 
     ctx.state.overlays.append(overlay)
 
 
-def _diagnose(ctx: Context, incident: Incident) -> None:
+def _diagnose(ctx: Context, incident: Incident, settings: Diagnose) -> None:
+    """Suspect is the data from two batches before the onset, since damage may show later, to as far again as it took
+    to see it, since what is wrong with the data need not have ended by then.
+    """
     state = ctx.state
     candidates = training_candidates(state.commits, incident.onset_step, 0)
     last = max(incident.onset_step, incident.detected_step)
-    suspect = (ctx.position_at(incident.onset_step - 1), ctx.position_at(last))
+    end_step = max(2 * last - incident.onset_step, incident.onset_step + _SUSPECT_LEAST)
+    suspect = (ctx.position_at(max(0, incident.onset_step - _SUSPECT_LEAD)), ctx.position_at(end_step))
     if not candidates or suspect[0] >= suspect[1]:
-        incident.verdict = "inconclusive"
-        respond(ctx, incident)
+        _undecided(ctx, incident, "there is no good checkpoint from which to replay it")
         return
-    incident.state, incident.resume_step = "diagnosing", state.step
-    state.replay = diagnose.begin(state, incident, [commit.id for commit in candidates], suspect, candidates[0])
+    innocent = suspect[0] - (suspect[1] - suspect[0])  # an older state, if need be, leaves room for the control
+    roomy = [commit for commit in candidates if commit.position <= innocent] or candidates
+    replay = diagnose.begin(state, incident, roomy, suspect, settings)
+    if not diagnose.affordable(replay):
+        _undecided(ctx, incident, f"two replays would take more than the {settings.max_steps} steps allowed")
+        return
+    incident.state, incident.resume_step, state.replay = "diagnosing", state.step, replay
     _leave_for(ctx, Recovery(kind="diagnose", incident=incident.id, because=incident.why))
+
+
+def _undecided(ctx: Context, incident: Incident, why: str) -> None:
+    incident.verdict = "inconclusive"
+    incident.why += f"; {why}"
+    respond(ctx, incident)
 
 
 def _give_up(ctx: Context, incident: Incident, reason: str, kind: str = "halt") -> None:

@@ -29,6 +29,7 @@ def _fits(rule: Rule, incident: Incident, facts: RunFacts) -> bool:
         and _among(when.cause, incident.cause)
         and _among(when.phase, incident.phase)
         and (when.verdict is None or when.verdict == incident.verdict)
+        and (incident.verdict is None or not any(rung.diagnose for rung in rule.rungs()))  # it has been diagnosed
         and (when.in_warm_up is None or when.in_warm_up == (incident.onset_step <= facts.warmup_steps))
     )
 

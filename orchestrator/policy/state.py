@@ -11,7 +11,7 @@ from monitors.taxonomy import Evidence, IncidentClass
 from orchestrator.recovery.retention import Spacing
 from trainer.contract.plan import OrderSpec, Overlay, Quarantine, Segment, SkipRange
 
-Verdict = Literal["hardware", "data", "data_and_state", "state", "inconclusive"]
+Verdict = Literal["hardware", "data", "data_and_state", "state", "optimisation", "inconclusive"]
 RunPhase = Literal[
     "new", "starting", "running", "recovering", "stopping", "finished", "halted", "stopped", "preempted", "failed",
     "budget_used_up",
@@ -144,9 +144,15 @@ class DiagnosisByReplay(_Mutable):
 
     incident: int
     candidates: list[str]
+    from_step: int = Field(description="of the state that the replays load")
+    onset_step: int
     to_step: int
-    suspect: tuple[int, int] = Field(description="raw positions of the step that went wrong")
+    max_steps: int = Field(description="of all replays together")
+    lr_factor: float
+    suspect: tuple[int, int] = Field(description="raw positions of the steps that went wrong")
     control: tuple[int, int] | None = Field(default=None, description="an equal innocent window")
+    level: float | None = Field(default=None, description="of the loss before the onset, nats a token")
+    sigma: float = Field(default=0.0, description="robust, of one step's loss around it")
     recorded: dict[int, ReplayRow] = Field(default_factory=dict)
     runs: list[dict[int, ReplayRow]] = Field(default_factory=list)
 

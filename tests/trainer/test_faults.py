@@ -15,7 +15,7 @@ from trainer.contract.backends import LocalBackend
 from trainer.contract.config import FaultConfig, FaultKind
 from trainer.contract.store import Store, StoreError
 from trainer.faults import effects, process, storage
-from trainer.faults.injector import Firings, Injector, Occasion, is_spent, matches
+from trainer.faults.injector import Firings, Injector, Occasion, is_spent, matches, strikes
 
 
 def fault(kind: str = "nan_loss", **conditions: Any) -> FaultConfig:
@@ -129,6 +129,29 @@ def test_bit_flips_change_one_number_beyond_recognition() -> None:
     step = tiny_step(tiny_model())
     step.after_backward = lambda model: effects.flip_gradient_bit(model, fault("bit_flip", layer=0))
     assert step(tiny_tokens(), 1e-3).read().grad_norm > 1e20
+
+
+def test_an_activation_flips_while_it_is_armed_and_in_training_alone() -> None:
+    """One unit of one token; the weights are as they were, and an evaluation sees nothing of it."""
+    step = tiny_step(tiny_model())
+    flip = effects.ActivationFlip(step.model, fault("bit_flip", target="activation", layer=1))
+    tokens = tiny_tokens()
+    honest = step.model(tokens[:, :-1], tokens[:, 1:]).losses
+    flip.armed = True
+    struck = step.model(tokens[:, :-1], tokens[:, 1:]).losses
+    step.model.eval()
+    assert not torch.equal(struck[0], honest[0])
+    assert torch.equal(struck[1:], honest[1:])
+    assert torch.equal(step.model(tokens[:, :-1], tokens[:, 1:]).losses, honest)
+
+
+def test_a_loose_contact_strikes_by_chance_and_elsewhere_in_every_attempt() -> None:
+    """About as often as it should, the same whenever it is asked, and not at the same steps in another attempt."""
+    loose = fault("bit_flip", chance=0.2, once=False)
+    struck = [[strikes(loose, at(step, attempt=attempt)) for step in range(1000)] for attempt in (1, 1, 2)]
+    assert struck[0] == struck[1] != struck[2]
+    assert 150 < sum(struck[0]) < 250
+    assert strikes(fault("bit_flip"), at(1))
 
 
 def test_weight_faults_hit_their_layer() -> None:

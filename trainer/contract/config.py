@@ -320,7 +320,8 @@ class FaultConfig(Section):
         description="lr_bomb, lr_override, scale_qk, saturate_layer, grad_bomb: a factor; leak_targets: odds; "
         "slow: seconds; loss_drift: about so many nats a step, by growing noise on the weights",
     )
-    target: Literal["weight", "gradient"] = "weight"
+    target: Literal["weight", "gradient", "activation"] = "weight"
+    chance: float = Field(1.0, gt=0, le=1, description="at each occasion, drawn anew in every attempt: a loose contact")
     mode: Literal["gil_held", "gil_free", "sigstop"] = "gil_free"
     layer: int = 0
 

@@ -46,12 +46,15 @@ class FaultDesk:
         self._vocab_size = vocab_size
         self._step: TrainStep | None = None
         self._leak: effects.TargetLeak | None = None
+        self._flips: list[effects.ActivationFlip] = []
 
     def attach(self, step: TrainStep) -> None:
         """Take hold of the numerical core, once it is built."""
         self._step = step
         if self._injector.configured("leak_targets"):
             self._leak = effects.TargetLeak(step.model)
+        flips = [f for f in self._injector.of("bit_flip") if f.target == "activation"]
+        self._flips = [effects.ActivationFlip(step.model, fault) for fault in flips]
 
     def after_load(self, step: int) -> None:
         """The state of `step` has been loaded."""
@@ -86,6 +89,8 @@ class FaultDesk:
         core = self._core
         core.transform_losses = None
         core.after_backward = None
+        for flip in self._flips:
+            flip.armed = False
         if self._leak is not None:
             self._leak.odds = 1.0
 
@@ -115,27 +120,30 @@ class FaultDesk:
         """Faults of the arithmetic."""
         fault, core = fired.fault, self._core
         match fault.kind:
-            case "zero_layer":
-                effects.zero_layer(core.model, fault)
-            case "saturate_layer":
-                effects.saturate_layer(core.model, fault)
-            case "scale_qk":
-                effects.scale_qk(core.model, fault)
+            case "zero_layer" | "saturate_layer" | "scale_qk" as kind:
+                _WEIGHTS[kind](core.model, fault)
             case "loss_drift":
                 effects.drift(core.model, fault, step, fired.count)
             case "bit_flip" if fault.target == "weight":
                 effects.flip_weight_bit(core.model, fault)
-            case "bit_flip":
-                core.after_backward = _then(core.after_backward, lambda m: effects.flip_gradient_bit(m, fault))
-            case "nan_grad":
-                core.after_backward = _then(core.after_backward, lambda m: effects.poison_gradient(m, fault))
-            case "grad_bomb":
-                core.after_backward = _then(core.after_backward, lambda m: effects.reverse_gradients(m, fault))
+            case "bit_flip" if fault.target == "activation":
+                for flip in self._flips:
+                    flip.armed |= flip.fault == fault
+            case "bit_flip" | "nan_grad" | "grad_bomb" as kind:
+                core.after_backward = _then(core.after_backward, lambda m: _GRADIENTS[kind](m, fault))
             case "nan_loss":
                 core.transform_losses = effects.poison_losses
             case "leak_targets":
                 assert self._leak is not None, "attach has seen that it is configured"
                 self._leak.odds = fault.factor
+
+
+_WEIGHTS = {
+    "zero_layer": effects.zero_layer, "saturate_layer": effects.saturate_layer, "scale_qk": effects.scale_qk,
+}  # fmt: skip
+_GRADIENTS = {
+    "bit_flip": effects.flip_gradient_bit, "nan_grad": effects.poison_gradient, "grad_bomb": effects.reverse_gradients,
+}  # fmt: skip
 
 
 def _then(first: Callable[[GPT], None] | None, second: Callable[[GPT], None]) -> Callable[[GPT], None]:

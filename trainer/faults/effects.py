@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.contract.config import FaultConfig
 from trainer.model import GPT, Block
 
-_EXPONENT_TOP = 30  # of a float32: 0.02 becomes 7e36
+_EXPONENT_TOP = {4: (torch.int32, 30), 2: (torch.int16, 14)}  # by bytes: a float32 of 0.02 becomes 7e36, so a bf16
 _DRIFT_SEED = 0x5EED
 _DRIFT_NATS = 24.0  # excess loss per variance of relative noise, measured on a tiny GPT in balance with AdamW at 3e-3
 
@@ -146,9 +146,28 @@ def garble(
     return garbled
 
 
+class ActivationFlip:
+    """While `armed`, the same bit of the first unit of a block's MLP flips in every forward pass of training."""
+
+    def __init__(self, model: GPT, fault: FaultConfig) -> None:
+        self.armed = False
+        self.fault = fault
+        self._model = model
+        _block(model, fault).up.register_forward_hook(self._strike)
+
+    def _strike(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> Tensor:
+        if not self.armed or not self._model.training:
+            return output
+        struck = output.clone()
+        with torch.no_grad():
+            _flip(struck)
+        return struck
+
+
 def _flip(tensor: Tensor) -> None:
-    bits = tensor.view(-1)[:1].view(torch.int32)
-    bits.bitwise_xor_(torch.tensor(1 << _EXPONENT_TOP, dtype=torch.int32, device=tensor.device))
+    integer, bit = _EXPONENT_TOP[tensor.element_size()]
+    bits = tensor.view(-1)[:1].view(integer)
+    bits.bitwise_xor_(torch.tensor(1 << bit, dtype=integer, device=tensor.device))
 
 
 def _block(model: GPT, fault: FaultConfig) -> Block:

@@ -4,6 +4,7 @@ Counts live as long as the run. They are written before the effect, so that a fa
 been counted, and a `once` fault does not fire again in the attempt that follows.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -59,6 +60,14 @@ def is_spent(fault: FaultConfig, before: Firings, occasion: Occasion) -> bool:
     return not in_its_window
 
 
+def strikes(fault: FaultConfig, occasion: Occasion) -> bool:
+    """Whether a fault that fires by chance does so now: a pure function of attempt and step, so it can be repeated."""
+    if fault.chance >= 1.0:
+        return True
+    digest = hashlib.sha256(f"{fault.kind}/{occasion.attempt}/{occasion.step}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48 < fault.chance
+
+
 class Injector:
     """Decides and counts for one attempt. With no faults configured it costs nothing and touches no file."""
 
@@ -69,7 +78,11 @@ class Injector:
 
     def configured(self, *kinds: FaultKind) -> bool:
         """Whether any fault of these kinds is configured at all."""
-        return any(fault.kind in kinds for fault in self._faults)
+        return any(self.of(*kinds))
+
+    def of(self, *kinds: FaultKind) -> list[FaultConfig]:
+        """The faults of these kinds."""
+        return [fault for fault in self._faults if fault.kind in kinds]
 
     def due(self, occasion: Occasion, kinds: Iterable[FaultKind]) -> list[Fired]:
         """Faults of `kinds` that fire now; they are counted, durably for other processes, before this returns."""
@@ -78,7 +91,9 @@ class Injector:
         for index, fault in enumerate(self._faults):
             key = f"{index}-{fault.kind}"
             before = self._firings.get(key, Firings())
-            if fault.kind in wanted and matches(fault, occasion) and not is_spent(fault, before, occasion):
+            if fault.kind not in wanted or not matches(fault, occasion) or not strikes(fault, occasion):
+                continue
+            if not is_spent(fault, before, occasion):
                 self._firings[key] = Firings(before.count + 1, occasion.step)
                 fired.append(Fired(fault, before.count + 1))
         if fired:
