@@ -167,8 +167,9 @@ class Diagnosis:
         found += self._convicted(self._shards.observe(record, band if trusted else None), row.step, key)
         event, key = self._state.spike.event, key + len(found)
         if event is None:
-            found += self._drift.observe_low(row, band if trusted else None, key + len(found))
-            if any(finding.kind == "dismissed" for finding in found):  # the new level is real: expect it from now on
+            low = self._drift.observe_low(row, band if trusted else None, key + len(found))
+            found += low
+            if any(finding.kind == "dismissed" for finding in low):  # the new level is real: expect it from now on
                 self._state.history.clear()
                 self._spike.rewind([])
                 self._drift.forget()
@@ -178,14 +179,18 @@ class Diagnosis:
         spikes = self._spike.observe(
             row, key + len(found), planned_change=planned, climbing=climbing, norm=record.grad_norm
         )
-        found += spikes
+        if spikes:
+            found += self._told(spikes, row, key + len(found))
+        return found + self._climb(row, key + len(found))
+
+    def _told(self, spikes: list[Finding], row: Row, key: int) -> list[Finding]:
+        """What was said of a spike, and what follows from it for shards, climbs and their number."""
+        found = list(spikes)
         for begun in (f for f in spikes if f.kind == "suspected"):
             found += self._convicted(self._shards.on_onset(begun.onset_step), row.step, key + len(found))
         if any(f.kind == "closed" for f in spikes) and any(f.cls is not IncidentClass.TRANSIENT_SPIKE for f in spikes):
             self._drift.forget()
-        found += self._repeated(spikes, row, key + len(found))
-        found += self._climb(row, key + len(found))
-        return found
+        return found + self._repeated(spikes, row, key + len(found))
 
     def _broken(self, record: StepRecord, key: int) -> list[Finding]:
         """A non-finite step speaks of its shards too: of the one that alone is not finite, or of all that were read."""
@@ -284,8 +289,10 @@ class Diagnosis:
             del state.history[:-_HISTORY_ROWS]
 
     def _recently_planned(self, step: int) -> bool:
-        return any(change <= step <= change + self._settings.planned_change_steps for change in self._planned)
+        span = self._settings.planned_change_steps
+        return bool(self._planned) and any(change <= step <= change + span for change in self._planned)
 
     def _overlay_moves(self, step: int) -> bool:
         """While a lowered LR ramps back, and a little after, the loss is a little higher by intention."""
-        return any(begin <= step <= end + self._settings.planned_change_steps for begin, end in self._state.spans)
+        spans, after = self._state.spans, self._settings.planned_change_steps
+        return bool(spans) and any(begin <= step <= end + after for begin, end in spans)

@@ -2,27 +2,24 @@
 
 Samples: the worst sequences of the batches around an onset, by raw position. Layer group: whichever left its own band
 first, by update ratio over LR, gradient norm, attention-logit maximum, g^2/v or activation RMS, each judged in logs
-against its last 32 records. What left together cannot be told apart and is not named, and what was not recorded is not
+against its last 64 records. What left together cannot be told apart and is not named, and what was not recorded is not
 guessed: then the fields are missing. Memory is constant, and so is the work of a record.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from statistics import median
 from typing import Annotated
 
 from pydantic import Field, PlainSerializer
 from pydantic.dataclasses import dataclass
 
+from monitors.detect.series import Series
 from monitors.records import LAYER_GROUPS, ActivationRecord, StepRecord
 from monitors.taxonomy import Evidence
-from monitors.window import MAD_TO_SIGMA
 
 _WINDOW_STEPS = 16  # before an onset: the gradient norm left its band 4 steps before the loss at BLOOM
 _BEFORE_STEPS, _AFTER_STEPS = 2, 32  # around an onset, whose worst samples are named
 _KEPT = 64
-_VALUES = 32
-_MIN_VALUES = 8
 _SETTLES = 8  # records outside its band after which a signal has a new one
 _SIGMA = 8.0  # above the 6 of the loss: some 25 series are looked at
 _LEAST = math.log(2.0)  # smaller changes are no cause of anything
@@ -34,13 +31,10 @@ _Float = Annotated[float, PlainSerializer(lambda x: x if math.isfinite(x) else s
 
 
 @dataclass(slots=True)
-class Series:
-    """One signal of one group, on a log scale."""
+class Watched:
+    """One signal of one group."""
 
-    values: list[float] = Field(default_factory=list)
-    middle: float = 0.0
-    scale: float = 0.0
-    taken: int = 0
+    series: Series = Field(default_factory=Series)
     out: int = Field(default=0, description="records in a row outside the band")
 
 
@@ -61,7 +55,7 @@ class BlameState:
     """What is remembered."""
 
     worst: list[tuple[int, int, _Float]] = Field(default_factory=list, description="(step, raw position, loss)")
-    series: dict[str, Series] = Field(default_factory=dict)
+    watched: dict[str, Watched] = Field(default_factory=dict)
     departures: list[Departure] = Field(default_factory=list)
 
 
@@ -90,7 +84,7 @@ class Blame:
         state = self.state
         state.worst = [known for known in state.worst if known[0] <= step]
         state.departures = [known for known in state.departures if known.step <= step]
-        state.series = {}
+        state.watched = {}
 
     def _samples(self, onset_step: int, step: int) -> Evidence:
         worst, begin, end = self.state.worst, onset_step - _BEFORE_STEPS, onset_step + _AFTER_STEPS
@@ -119,24 +113,22 @@ class Blame:
         }  # fmt: skip
 
     def _judge(self, step: int, group: str, signal: str, value: float) -> Departure | None:
-        series = self.state.series.setdefault(f"{signal}/{group}", Series())
-        enough = len(series.values) >= _MIN_VALUES
-        log = math.log(max(value, 1e-30)) if math.isfinite(value) else math.inf
-        off = abs(log - series.middle)
-        if enough and off > max(_LEAST, _SIGMA * series.scale):
-            series.out += 1
-            if series.out == 1:
-                sigma = off / max(series.scale, _LEAST / _SIGMA)
+        name = f"{signal}/{group}"
+        watched = self.state.watched.get(name)
+        if watched is None:
+            watched = self.state.watched[name] = Watched()
+        series, finite = watched.series, math.isfinite(value)
+        off = series.offset(value if finite else math.inf)
+        if off is not None and abs(off) > max(_LEAST, _SIGMA * series.spread):
+            watched.out += 1
+            if watched.out == 1:
+                sigma = abs(off) / max(series.spread, _LEAST / _SIGMA)
                 return Departure(step, group, signal, value, math.exp(series.middle), sigma)
-        if math.isinf(log) or 0 < series.out < _SETTLES:
+        if not finite or 0 < watched.out < _SETTLES:
             return None
-        series.values = [] if series.out else series.values
-        series.out = 0
-        series.values = [*series.values[-_VALUES + 1 :], log]
-        series.taken += 1
-        if len(series.values) <= _MIN_VALUES or series.taken % 4 == 0:
-            series.middle = median(series.values)
-            series.scale = MAD_TO_SIGMA * median(abs(known - series.middle) for known in series.values)
+        if watched.out:
+            watched.series, watched.out = Series(), 0
+        watched.series.add(value)
         return None
 
 
