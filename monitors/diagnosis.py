@@ -117,6 +117,10 @@ class Diagnosis:
         self._blame.rewind(step)
         self._notices.rewind(rerun, step)
 
+    def accept_other_losses(self) -> None:
+        """A person takes the losses as they come out now: what was recorded is no measure any more."""
+        self._state.recorded = {}
+
     def note_overlays(self, overlays: tuple[tuple[int, int], ...]) -> None:
         """Step ranges [from, to] in which a lowered LR moves the loss by intention."""
         self._state.spans = list(overlays)
@@ -147,6 +151,8 @@ class Diagnosis:
             return found + self._broken(record, key + len(found))
         row = Row(step=record.step, loss=record.loss)
         found += [self._with_prevention(finding) for finding in self._loss(record, row, key + len(found))]
+        if self._recently_planned(record.step):
+            self._notices.expect_other_losses()
         found += self._notices.rerun(record, key + len(found))
         if state.spike.event is None and not record.skipped:  # while the loss is out, other signals only say so again
             found += self._notices.update_ratios(record, key + len(found))
@@ -278,9 +284,10 @@ class Diagnosis:
             return
         notices = state.notices
         if record.data is not None and notices.lr_key is None and not notices.doubted:
-            fresh = Recorded(loss=record.loss, begin=record.data.begin, end=record.data.end)
+            fresh = Recorded(record.loss, record.data.begin, record.data.end, record.lr_planned)
             known = state.recorded.get(record.step)
-            if known is None or (known.begin, known.end) != (fresh.begin, fresh.end):
+            same_data = known is not None and (known.begin, known.end) == (fresh.begin, fresh.end)
+            if known is None or not same_data or self._notices.other_lr(known, record):
                 state.recorded[record.step] = fresh
             if len(state.recorded) > 2 * _HISTORY_ROWS:
                 state.recorded = dict(list(state.recorded.items())[-_HISTORY_ROWS:])

@@ -115,6 +115,21 @@ def prepare(run: ResolvedRun, *, fresh: bool = False, resume_because: str | None
     return Launch(run, store, tuple(changed), fresh, resume_because, data)
 
 
+def changes_since(run: ResolvedRun) -> list[str] | None:
+    """The keys that are not what they were at the last launch; None if the run was never begun.
+
+    Raises:
+        ConfigError: one of them may not change, or the store has lost the run.
+    """
+    past = _past(run.paths)
+    if past is None:
+        return None
+    changed = check_changes(run)
+    with closing(_store(run)) as store:
+        past.check(run, store)
+    return changed
+
+
 @dataclass(frozen=True, slots=True)
 class _Past:
     """What the journal says of a run that exists."""

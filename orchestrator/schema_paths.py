@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 KeyPath = tuple[str | int, ...]
 _Schema = dict[str, Any]
+_NUMBERS = {"integer": "a whole number", "number": "a number"}
 
 
 class SchemaPaths:
@@ -26,12 +27,16 @@ class SchemaPaths:
         return list(dict.fromkeys(key for schema in self._at(path) for key in schema.get("properties", {})))
 
     def allowed_values(self, path: KeyPath) -> list[str]:
-        """What may stand at this path, if it is one of a closed list."""
-        found: list[str] = []
+        """What may stand at this path, if it is one of a closed list; a number that may stand there too, in words."""
+        named: list[str] = []
+        numbers: list[str] = []
         for schema in self._at(path):
             values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-            found.extend(str(value) for value in values if value is not None)
-        return list(dict.fromkeys(found))
+            named.extend(str(value) for value in values if value is not None)
+            if not values and schema.get("type") in _NUMBERS:
+                least = f" of at least {schema['minimum']}" if "minimum" in schema else ""
+                numbers.append(_NUMBERS[schema["type"]] + least)
+        return list(dict.fromkeys([*named, *numbers])) if named else []
 
     def is_secret(self, path: KeyPath) -> bool:
         """Whether the value at this path, or one above it, must not be shown."""

@@ -38,6 +38,7 @@ class Recorded:
     loss: float
     begin: int
     end: int
+    lr: float | None = None  # as planned
 
 
 @dataclass(slots=True)
@@ -90,12 +91,19 @@ class NoticeDetector:
             return [Finding("closed", closed, cls, record.step, record.step, "the LR is as planned", record.step)]
         return []
 
+    def expect_other_losses(self) -> None:
+        """What was recorded is no measure of what is run again now."""
+        self.state.rerun = {}
+
     def rerun(self, record: StepRecord, key: int) -> list[Finding]:
         """`loss_discontinuity`: after a resume the same data gives other losses."""
         state, settings = self.state, self._settings
         known = state.rerun.pop(record.step, None)
         if record.step - state.rerun_from > settings.discontinuity_steps:
             state.rerun = {}
+        if known is not None and self.other_lr(known, record):  # from here on other losses are meant
+            self.expect_other_losses()
+            return []
         same_data = known is not None and record.data is not None and (
             (known.begin, known.end) == (record.data.begin, record.data.end)
         )  # fmt: skip
@@ -113,6 +121,12 @@ class NoticeDetector:
         )
         onset = state.rerun_from + 1
         return _once(key, IncidentClass.LOSS_DISCONTINUITY, onset, record.step, why, difference=mean, limit=limit)
+
+    def other_lr(self, known: Recorded, record: StepRecord) -> bool:
+        """Whether another LR is planned for a step than when it was recorded: its schedule was changed in between."""
+        if known.lr is None or record.lr_planned is None:
+            return False
+        return abs(record.lr_planned - known.lr) > self._settings.lr_tolerance * max(abs(known.lr), 1e-12)
 
     def update_ratios(self, record: StepRecord, next_key: int) -> list[Finding]:
         """`update_ratio_high/low`: ratio over LR, because the ratio itself falls with the LR."""

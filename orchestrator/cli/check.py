@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.output import remark, say
-from orchestrator.config import check_changes, resolve
+from orchestrator.config import resolve
 from orchestrator.errors import NetworkFilesystemError
+from orchestrator.launching import changes_since
 from orchestrator.preflight import preflight
 from orchestrator.process.filesystem import refuse_network_filesystem
 from orchestrator.process.lock import is_held
@@ -25,9 +26,9 @@ SetOption = Annotated[
 def check(run_file: RunFile, sets: SetOption = None) -> None:
     """Check configuration, policy, data, store, disk and port, and name every mistake with its remedy."""
     run = resolve(run_file, sets or ())
-    goes_on = run.paths.database.exists()
-    changed = check_changes(run) if goes_on else []
-    found = preflight(run, port=not is_held(run.paths.lock), goes_on=goes_on)  # who supervises has the port by right
+    changed = changes_since(run)
+    port = not is_held(run.paths.lock)  # who supervises has it by right
+    found = preflight(run, port=port, goes_on=changed is not None)
     for problem in found.problems:
         remark(str(problem))
     if found.problems:

@@ -153,7 +153,7 @@ def unpin(step: StepArgument, run: RunArgument = None) -> None:
     with _store(find_run(run)) as store:
         chosen = _named(list_checkpoints(store), step)
         verdicts.unpin(store, chosen.id)
-    say(f"{chosen.id} is not pinned" + ("" if chosen.pinned else ", and was not before"))
+    say(f"{chosen.id} is no longer pinned" if chosen.pinned else f"{chosen.id} was not pinned")
 
 
 @checkpoints.command(epilog="Example: longwatch checkpoints export 12000 --out weights/ --dtype bf16")
@@ -167,12 +167,14 @@ def export(
 ) -> None:
     """Write the weights of a checkpoint as one safetensors file, checked while they are read."""
     paths = find_run(run)
+    config = _config(paths)
     with _store(paths) as store:
         chosen = _named(list_checkpoints(store), step)
         path = Path(where)
         if where.endswith("/") or path.is_dir():
-            path /= f"{_config(paths).name}-step-{chosen.step}.safetensors"
-        done = export_weights(store, chosen.id, path, dtype=dtype, force=force)
+            path /= f"{config.name}-step-{chosen.step}.safetensors"
+        about = {"model": config.model.model_dump_json(), "sequence_tokens": str(config.batch.sequence_tokens)}
+        done = export_weights(store, chosen.id, path, dtype=dtype, force=force, about=about)
     if json:
         say_json({**asdict(done), "path": str(done.path)})
     else:
@@ -194,6 +196,9 @@ def prune(
     Whatever the options: the last good ones, step 0, pins, condemned ones, the newest and what may still become good
     stay.
     """
+    if json and not (yes or dry_run):
+        remark("a program is not asked: with --json say --yes, or look first with --dry-run")
+        raise typer.Exit(2)
     paths = find_run(run)
     max_age_s = None if max_age is None else _duration(max_age)
     with _store(paths) as store, _at_rest(paths, store, reading=dry_run):

@@ -47,6 +47,8 @@ def ledger(
 
     With --steps, --shard or --sample-range every update that fits, also those that were rolled back.
     """
+    if check and (steps, shard, sample_range) != (None, None, None):
+        raise BadRangeError("--check is about the whole run; leave out --steps, --shard and --sample-range")
     with closing(Journal.read_only(find_run(run).database)) as journal:
         if check:
             _check(journal, json)
@@ -116,8 +118,10 @@ def _range(text: str | None, option: str) -> Span | None:
 
 
 def _number(shard: str | None, names: tuple[str, ...]) -> int | None:
-    if shard is None or shard.isdecimal():
-        return None if shard is None else int(shard)
+    if shard is None:
+        return None
+    if shard.isdecimal() and (not names or int(shard) < len(names)):
+        return int(shard)
     if shard not in names:
         known = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
         raise BadRangeError(f"--shard {shard!r}: there is no such shard; there are {known or 'none known'}")

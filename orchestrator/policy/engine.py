@@ -223,6 +223,9 @@ class Engine:
         state.rollbacks_used = 0
         state.warm_up_rollbacks = 0
         state.discarded_steps = 0
+        halted = next((incident for incident in reversed(state.incidents) if incident.outcome == "halted"), None)
+        if halted is not None and halted.cls is IncidentClass.LOSS_DISCONTINUITY:
+            self._diagnosis.accept_other_losses()  # or every resume would end in the same comparison
         ctx.notify("info", "resumed by a person", event.because)
         self._restart(ctx, f"resumed by a person: {event.because}")
 

@@ -9,7 +9,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +62,13 @@ class _Target:
         return self.source.name.removeprefix(_MODEL)
 
 
-def export_weights(store: Store, commit: str, out: Path, *, dtype: Dtype = "as-is", force: bool = False) -> Exported:
+def export_weights(
+    store: Store, commit: str, out: Path, *, dtype: Dtype = "as-is", force: bool = False,
+    about: Mapping[str, str] | None = None,
+) -> Exported:  # fmt: skip
     """Write the weights of a commit to `out`. `dtype` converts floating tensors, rounding to the nearest even.
+
+    `about` is added to the metadata of the file: what its reader must know and no tensor shows.
 
     Raises:
         ExportError: the checkpoint is not there or not intact, has no weights, or `out` cannot be written or exists.
@@ -74,7 +79,7 @@ def export_weights(store: Store, commit: str, out: Path, *, dtype: Dtype = "as-i
     try:
         manifest = read_manifest(store, commit).manifest
         targets = _layout(manifest, dtype)
-        header = _header(manifest, targets)
+        header = _header(manifest, targets, about or {})
         with _appearing(out, force) as file:
             file.write(header)
             for index, entry in enumerate(manifest.objects):
@@ -118,7 +123,7 @@ def _becomes(dtype: str, wanted: Dtype) -> str:
     return _TARGETS[wanted] if wanted != "as-is" and dtype in _FLOATS else dtype
 
 
-def _header(manifest: Manifest, targets: list[_Target]) -> bytes:
+def _header(manifest: Manifest, targets: list[_Target], about: Mapping[str, str]) -> bytes:
     """Length as 8 bytes, then JSON, padded so that the data begins at a multiple of 8 (the safetensors format)."""
     metadata = {
         "format": "pt",  # what readers look for before they take it for weights of torch
@@ -127,6 +132,7 @@ def _header(manifest: Manifest, targets: list[_Target]) -> bytes:
         "commit": manifest.commit,
         "config_digest": manifest.config_digest,
         "tokens": str(manifest.tokens),
+        **about,
     }
     entries: dict[str, Any] = {"__metadata__": metadata}
     for target in targets:

@@ -134,3 +134,20 @@ def test_a_re_run_is_not_held_against_steps_that_were_sick() -> None:
     for diagnosis in (diverged, other_lr):
         diagnosis.rewind(250, expect_same=True)
         assert classes(watch(diagnosis, records(healthy(1), range(251, 301)))) == []
+
+
+def test_a_changed_schedule_or_a_planned_change_gives_other_losses_by_intention() -> None:
+    """More `steps` move the LR of steps that are run again; the proof returns with what is recorded under it."""
+    fields = {"lr": LR / 2, "lr_planned": LR / 2}
+    announced, rescheduled = Diagnosis(planned_changes=(251,)), Diagnosis()
+    for diagnosis in (announced, rescheduled):
+        watch(diagnosis, records(healthy(1), range(1, 301)))
+        diagnosis.rewind(250, expect_same=True)
+
+    assert classes(watch(announced, records(lambda step: healthy(1)(step) + 0.1, range(251, 301)))) == []
+    again = [step_record(step, healthy(1)(step) + 0.1, **fields) for step in range(251, 301)]
+    assert classes(watch(rescheduled, again)) == []
+
+    rescheduled.rewind(250, expect_same=True)
+    worse = [step_record(step, healthy(1)(step) + 0.2, **fields) for step in range(251, 301)]
+    assert classes(watch(rescheduled, worse)) == [IncidentClass.LOSS_DISCONTINUITY]

@@ -15,7 +15,7 @@ from orchestrator.journal import Batch, Folded, Journal
 from orchestrator.launching import fold_under_old_rules
 from orchestrator.policy.decisions import CaptureEvidence, Decision, StopAttempt
 from orchestrator.policy.engine import Engine
-from orchestrator.policy.events import AttemptExited, Event, RecordReceived, RunOpened, StopRequested
+from orchestrator.policy.events import AttemptExited, Event, RecordReceived, ResumeRequested, RunOpened, StopRequested
 from orchestrator.policy.model import Policy
 from tests.orchestrator.simulated import World, healthy
 
@@ -248,3 +248,20 @@ def test_departures_without_a_step_do_not_go_in_circles() -> None:
 
     assert waits[:4] == [1.0, 3.0, 7.0, 15.0]
     assert max(waits) == 300.0
+
+
+def test_a_person_who_takes_up_a_loss_discontinuity_accepts_the_new_losses() -> None:
+    """Where the change was meant (another device, another precision), every resume would halt at the same steps."""
+
+    def loss(world: World, step: int) -> float:
+        assert world.plan is not None
+        return healthy(world, step) + (0.1 if world.plan.attempt > 1 else 0.0)
+
+    world = World(loss=loss, dies_at={(1, 47): "killed"})
+    assert world.run().exit_code == 3
+    assert world.engine.incidents()[-1].cls == "loss_discontinuity"
+    world.ended = None
+
+    world.feed(ResumeRequested(at_s=world.at_s, because="it is another device"))
+
+    assert world.run().exit_code == 0

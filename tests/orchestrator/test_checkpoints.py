@@ -188,6 +188,14 @@ def test_a_dry_run_tells_and_touches_nothing(stored: StoredRun, capsys: pytest.C
     assert len(_steps(stored)) == 8
 
 
+def test_a_program_is_never_asked(stored: StoredRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON without --yes would tell of deletions that nobody has confirmed."""
+    assert run(["checkpoints", "prune", "--json"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "--yes" in said.err
+
+
 def test_pruning_keeps_what_may_be_needed(stored: StoredRun, capsys: pytest.CaptureFixture[str]) -> None:
     """Last good ones, what the next attempt loads, pins, step 0 and the newest stay, whatever is asked for."""
     pin(stored.store, commit_id(10, 1, 1), "kept")

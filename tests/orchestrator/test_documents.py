@@ -77,6 +77,7 @@ def test_value_of_a_closed_list_names_the_nearest_and_the_allowed_ones() -> None
     policy = _only("version: 1\nrules:\n  - on: [crash, hangg]\n    do: [record]\n", model=Policy)
 
     assert "schedule.kind: not an allowed value (got 'cosin'); did you mean 'cosine'?" in run
+    assert "(got 0); allowed: auto, a whole number of at least 1" in _only(_GOOD + "checkpoint: {every_steps: 0}\n")
     assert policy.startswith("run.yaml:3:17: rules.0.on.1: not an allowed value (got 'hangg'); did you mean 'hang'?")
 
 

@@ -14,6 +14,7 @@ from orchestrator.cli.app import run
 from orchestrator.recovery.export import Dtype, ExportError, export_weights
 from tests.orchestrator.stored import StoredRun
 from tests.trainer.saving import TinyModel, full_state, trained
+from trainer.contract.config import ModelConfig
 from trainer.contract.store import Store
 
 
@@ -43,14 +44,17 @@ def test_exported_weights_fill_a_model(stored: StoredRun, weights: torch.dtype) 
 
 
 def test_the_file_says_where_it_comes_from(stored: StoredRun) -> None:
-    """Step, run, commit and configuration, in a place where every reader of the format finds them."""
+    """Step, run, commit and model, in a place where every reader of the format finds them."""
     commit = stored.save(7)
 
     assert run(["checkpoints", "export", "7", "--out", "weights/"]) == 0
     assert run(["checkpoints", "export", "7", "--out", "weights", "--force"]) == 0
 
     with safe_open(stored.here / "weights" / "tiny-step-7.safetensors", framework="pt") as file:
-        assert file.metadata() == {
+        known = file.metadata()
+        assert ModelConfig.model_validate_json(known.pop("model")) == stored.config.model
+        assert int(known.pop("sequence_tokens")) > 0
+        assert known == {
             "format": "pt", "step": "7", "run_id": "run-1", "commit": commit, "config_digest": "c", "tokens": "112",
         }  # fmt: skip
 

@@ -175,13 +175,14 @@ def test_other_data_waits_until_the_trainer_has_ended(here: Path, capsys: pytest
 
 
 def test_a_store_that_is_not_mounted_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before a new one is made in its place."""
+    """Before a new one is made in its place; and a check says so too."""
     made = resolve(write_run(here))
     write_resolved(made)
     write_journal(made.paths, state="stopped", last_stored_step=5)
 
-    assert run(["launch", "run.yaml"]) == 2
-    assert "holds no checkpoint of this run, although step 5 was committed" in capsys.readouterr().err
+    for verb in ("check", "launch"):
+        assert run([verb, "run.yaml"]) == 2
+        assert "holds no checkpoint of this run, although step 5 was committed" in capsys.readouterr().err
     assert not (here / "store").exists()
 
 

@@ -334,7 +334,15 @@ def test_check_says_the_first_violation(here: Path, capsys: pytest.CaptureFixtur
     assert not _json(capsys, "--check", expect=1)["ok"]
 
 
-@pytest.mark.parametrize("option", [("--steps", "9"), ("--sample-range", "9:3"), ("--shard", "nobody")])
+def test_a_check_is_of_the_whole_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What narrows a listing does not narrow the proof: said, not passed over."""
+    assert run(["ledger", "--check", "--steps", "1:4"]) == 2
+    assert "leave out --steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [("--steps", "9"), ("--sample-range", "9:3"), ("--shard", "nobody"), ("--shard", "99")]
+)
 def test_ranges_are_checked(here: Path, option: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     """Exit 2, with how it is written."""
     assert run(["ledger", *option]) == 2

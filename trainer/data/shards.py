@@ -229,7 +229,8 @@ def _finished(job: Job) -> dict[str, DataManifest] | None:
             manifest = _manifest_of(out)
             if manifest.prepared_from != job.digest:
                 what = f"{out.url}: holds shards of other sources or options already"
-                raise PrepareError(what, f"choose another --{_OPTION[name]}, or remove it")
+                remedy = f"choose another --{_OPTION[name]} (a run blends several directories), or remove it"
+                raise PrepareError(what, remedy)
             found[name] = manifest
         elif strangers := [n for n in names if n != UNFINISHED_NAME and not n.startswith(f"{name}-")]:
             what = f"{out.url}: holds other files already, such as {strangers[0]}"

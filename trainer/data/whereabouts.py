@@ -29,6 +29,8 @@ def _reads(answer: dict[str, Any]) -> Iterator[str]:
         yield f"  step {read['step']}: {number}epoch {read['epoch']}, position {read['position']}{state}"
     if len(answer["reads"]) > _SHOWN:
         yield f"  and {len(answer['reads']) - _SHOWN} more: --json has them all"
+    if not answer["reads"]:
+        yield "  not read, neither so far nor in what is planned"
     done, until = answer["done"], answer["looked_until"]
     yield f"done are {done['step']} steps (position {done['position']}); looked ahead to step {until['step']}"
 
