@@ -1,18 +1,32 @@
-"""`longwatch status` and `incidents`: the same facts for a living run and for a finished one.
+"""`longwatch status`, `incidents` and `explain`: the same facts for a living run and for a finished one.
 
 They read the journal, and never ask or disturb the supervisor.
 """
 
+from collections.abc import Iterable
 from contextlib import closing
+from typing import Annotated
 
 import typer
 
 from orchestrator.cli.find import JsonOption, RunArgument, find_run
 from orchestrator.cli.output import out, say, say_json
+from orchestrator.errors import OrchestratorError
 from orchestrator.journal import Journal
+from orchestrator.report.explain import explanation_lines, rules_of
 from orchestrator.report.facts import run_status, shown_incidents
 from orchestrator.report.incidents import cost_text, incident_lines, total_cost
 from orchestrator.report.status import status_lines
+
+
+class NoSuchIncidentError(OrchestratorError):
+    """The run has no incident of this number."""
+
+    exit_code = 2
+
+    def __init__(self, number: int, known: Iterable[int]) -> None:
+        there = ", ".join(str(one) for one in known) or "none yet"
+        super().__init__(f"there is no incident {number}; there are: {there}")
 
 
 def status(run: RunArgument = None, json: JsonOption = False) -> None:
@@ -38,7 +52,27 @@ def incidents(run: RunArgument = None, json: JsonOption = False) -> None:
     say(f"{len(found)} incidents, cost in all: {cost_text(total_cost(found))}")
 
 
+def explain(
+    incident: Annotated[int, typer.Argument(help="Its number, as `longwatch incidents` shows it.")],
+    run: RunArgument = None,
+    json: JsonOption = False,
+) -> None:
+    """Show why an incident was answered as it was: evidence, rules considered, guards, what was done and what came."""
+    paths = find_run(run)
+    with closing(Journal.read_only(paths.database)) as journal:
+        known = {int(one["id"]): one for one in journal.incidents()}
+    found = known.get(incident)
+    if found is None:
+        raise NoSuchIncidentError(incident, known)
+    if json:
+        say_json(found)
+        return
+    for line in explanation_lines(found, rules_of(paths)):
+        out().print(line)
+
+
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command(epilog="Example: longwatch status runs/my-run --json")(status)
+    app.command(epilog="Example: longwatch explain 3 runs/my-run")(explain)
     app.command(epilog="Example: longwatch incidents runs/my-run --json")(incidents)

@@ -10,7 +10,7 @@ from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import CaptureEvidence, EndRun, StartAttempt
 from orchestrator.policy.events import AttemptExited
 from orchestrator.policy.model import Actions, Backoff
-from orchestrator.policy.rules import matching
+from orchestrator.policy.rules import choose
 from orchestrator.policy.state import EngineState, Incident, Recovery
 from orchestrator.recovery.target import process_candidates
 from trainer.contract.plan import ResumePlan, Segment
@@ -168,7 +168,7 @@ def _answer(ctx: Context, event: AttemptExited) -> None:
     incident.cause = event.cause
     incident.phase, state.hang_phase = state.hang_phase, None
     incident.resume_step = state.step
-    rule = matching(ctx.policy, incident, ctx.facts)
+    rule = choose(ctx.policy, incident, ctx.facts)
     actions = rule.rungs()[0] if rule else Actions()
     incident.decision = [str(name) for name in actions.names()]
     if actions.capture is not None:

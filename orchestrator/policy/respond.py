@@ -7,7 +7,7 @@ from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import CaptureEvidence, SendCommand, StopAttempt
 from orchestrator.policy.guards import refusal
 from orchestrator.policy.model import Actions, Diagnose, LowerLr, Rule
-from orchestrator.policy.rules import matching, needs_validation
+from orchestrator.policy.rules import choose, needs_validation
 from orchestrator.policy.state import Commit, Incident, LadderPlace, Recovery
 from orchestrator.recovery.target import training_candidates
 from trainer.contract.commands import CheckpointNow, EvaluateNow
@@ -72,14 +72,16 @@ def respond(ctx: Context, incident: Incident) -> None:
     incident.state = "open"
     if needs_validation(ctx.policy, incident, ctx.facts) and not _validated(ctx, incident):
         return
-    rule = matching(ctx.policy, incident, ctx.facts)
+    rule = choose(ctx.policy, incident, ctx.facts)
     if rule is None:
         incident.why += "; no rule of the policy answers it"
         return
     incident.rung, actions = _rung(ctx, incident, rule)
+    incident.rungs = len(rule.rungs())
     actions = _without_futile_lr_cut(ctx, incident, actions)
     reason = refusal(ctx, incident, actions)
     if reason is not None:
+        incident.refused = reason
         incident.why += f"; {reason}"
         actions = Actions.model_validate({"capture": {}, "notify": {"level": "page"}, "halt": {}})
     _note_decision(ctx, incident, actions)

@@ -65,6 +65,14 @@ class Cost(_Mutable):
     recompute_s: float = Field(default=0.0, description="from there to the step where the run had been")
 
 
+class Considered(_Mutable):
+    """A rule about an incident's class, by its place in the policy (the first is 1), and why it was chosen or not."""
+
+    rule: int
+    matched: bool
+    why: str
+
+
 class Incident(_Mutable):
     """One incident, from suspicion to its outcome; what `longwatch incidents` prints."""
 
@@ -85,7 +93,11 @@ class Incident(_Mutable):
     phase: str | None = None
     validation: Literal["confirmed", "refuted", "assumed"] | None = None
     verdict: Verdict | None = None
+    rules: int = Field(default=0, description="how many the policy had when it was answered; 0: not answered yet")
+    considered: list[Considered] = Field(default_factory=list, description="those of its class, in order")
+    refused: str = Field(default="", description="the guard that stood against what the rule says")
     rung: int = 0
+    rungs: int = Field(default=1, description="of the rule that was chosen")
     relapse_of: int | None = None
     target_step: int | None = None
     resume_step: int | None = Field(default=None, description="where the run had been when it was stopped")

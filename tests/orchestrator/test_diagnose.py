@@ -10,7 +10,7 @@ from monitors.taxonomy import IncidentClass
 from orchestrator.documents import ConfigError, parse_document, validate
 from orchestrator.policy import diagnose
 from orchestrator.policy.model import Diagnose, Policy, policy_schema
-from orchestrator.policy.rules import matching
+from orchestrator.policy.rules import choose
 from orchestrator.policy.shipped import in_force
 from orchestrator.policy.state import DiagnosisByReplay, EngineState, Incident, ReplayRow
 from tests.orchestrator.simulated import BATCH, World, healthy
@@ -197,7 +197,7 @@ def test_every_verdict_has_an_answer_and_only_data_is_skipped_for_data(cls: str,
         {"id": 1, "cls": cls, "onset_step": 60, "detected_step": 72, "why": "x", "verdict": verdict}
     )
 
-    rule = matching(policy, incident, World().facts)
+    rule = choose(policy, incident, World().facts)
 
     assert rule is not None
     first = rule.rungs()[0]
