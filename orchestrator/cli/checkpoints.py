@@ -128,7 +128,10 @@ def verify(
             say(f"{'ok' if one.ok else 'damaged':<8} {one.commit}  {short(one.bytes)}B")
             for problem in one.problems:
                 say(f"         {problem}")
-    raise typer.Exit(0 if all(one.ok for one in verifications) else 1)
+    sound = all(one.ok for one in verifications)
+    if not sound and not condemn:
+        remark("what is damaged still counts as before; --condemn marks it as bad, and nothing goes back to it")
+    raise typer.Exit(0 if sound else 1)
 
 
 @checkpoints.command(epilog="Example: longwatch checkpoints pin 12000 --because 'end of phase 1'")

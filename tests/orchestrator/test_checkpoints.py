@@ -121,9 +121,10 @@ def test_damage_is_told_and_condemned_only_on_request(stored: StoredRun, capsys:
     stored.damage(commit_id(30, 1, 1))
 
     assert run(["checkpoints", "verify", "--all"]) == 1
-    said = capsys.readouterr().out
-    assert said.count("damaged") == 1
-    assert "does not match its CRC32C" in said
+    said = capsys.readouterr()
+    assert said.out.count("damaged") == 1
+    assert "does not match its CRC32C" in said.out
+    assert "--condemn" in said.err
     assert {row["state"] for row in _json(capsys)["checkpoints"] if row["step"] == 30} == {"good"}
 
     assert not _json(capsys, "verify", "30", "--condemn", expect=1)["verified"][0]["ok"]
