@@ -1,84 +1,78 @@
-"""Recorded runs: CSV with `step,loss` and what else was logged, into records.
+"""Recorded runs as records, whatever wrote them down: see `monitors.tables` for the kinds of files and columns.
 
-An empty cell is "not recorded"; `nan`, `inf` and `-inf` are non-finite values that were.
+An empty cell is "not recorded"; `nan`, `inf` and `-inf` are non-finite values that were. Where the step of another
+program's log goes back, the run was resumed from there: what follows is another attempt.
 """
 
-import csv
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from monitors.records import EvalRecord, StepRecord, StepTime
+from monitors.tables import NAMES, REQUIRED, Table, TraceError, columns_of, open_table
 
-_REQUIRED = ("step", "loss")
-_OPTIONAL = ("grad_norm", "lr", "tokens_per_sec", "update_ratio", "val_loss", "loss_scale")
+__all__ = ["TraceError", "read_trace"]
 
-
-class TraceError(Exception):
-    """A file is not a trace. Names the file, the line and the column."""
-
-    def __init__(self, path: Path, line: int, column: str, fact: str) -> None:
-        self.path, self.line, self.column = path, line, column
-        where = f"{path}:{line}" + (f", column {column}" if column else "")
-        remedy = f"a trace is CSV with the columns {', '.join(_REQUIRED)} and any of {', '.join(_OPTIONAL)}"
-        super().__init__(f"{where}: {fact}; {remedy}")
+_OPTIONAL = tuple(name for name in NAMES if name not in REQUIRED)
+_Values = dict[str, float | None]
 
 
-def read_trace(path: Path) -> list[StepRecord | EvalRecord]:
-    """Read a trace in the order of its rows.
+def read_trace(path: Path, columns: Mapping[str, str] | None = None) -> list[StepRecord | EvalRecord]:
+    """Read a trace in the order of its rows; records of one attempt rise in step.
+
+    Args:
+        path: CSV, JSON lines, a TensorBoard event file or a directory of them.
+        columns: field -> name of the column, where guessing would be wrong.
 
     Raises:
         TraceError: it is not one.
         OSError: the file cannot be read.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark first
-            records = list(_records(path, csv.DictReader(file)))
-    except UnicodeDecodeError as error:
-        raise TraceError(path, 1, "", "not a text file") from error
-    except csv.Error as error:
-        raise TraceError(path, 1, "", f"not CSV ({error})") from error
+    table = open_table(path)
+    records = list(_records(table, columns_of(table, columns or {})))
     if not any(isinstance(record, StepRecord) for record in records):
         raise TraceError(path, 1, "loss", "no loss is recorded in any row")
     return records
 
 
-def _records(path: Path, rows: "csv.DictReader[str]") -> Iterable[StepRecord | EvalRecord]:
-    missing = [name for name in _REQUIRED if name not in (rows.fieldnames or ())]
-    if missing:
-        raise TraceError(path, 1, missing[0], "this column is missing")
-    seq, last = 0, -1
-    for row in rows:
-        line = rows.line_num
-        step = _step(path, line, row["step"])
-        if step <= last:
+def _records(table: Table, columns: Mapping[str, str]) -> Iterator[StepRecord | EvalRecord]:
+    path, seq, attempt, last, seen = table.path, 0, 1, -1, -1
+    for line, row in table.rows:
+        text = row.get(columns["step"], "")
+        if not text.strip() and not table.plain:
+            continue  # a row about something else
+        step = _step(path, line, text)
+        if table.plain and step <= last:
             raise TraceError(path, line, "step", f"step {step} comes after step {last}")
+        if step < last:
+            attempt, seq, seen = attempt + 1, 0, -1
         last = step
-        loss = _number(path, line, "loss", row["loss"])
-        values = {name: _number(path, line, name, row.get(name)) for name in _OPTIONAL}
-        if loss is not None:
-            seq += 1
-            yield _step_record(seq, step, loss, values)
+        values = {name: _number(path, line, name, row.get(columns.get(name, ""))) for name in ("loss", *_OPTIONAL)}
+        if values["loss"] is not None and step > seen:
+            seq, seen = seq + 1, step
+            yield _step_record(seq, attempt, step, values)
         if values["val_loss"] is not None:
             seq += 1
             yield EvalRecord(
-                seq=seq, attempt=1, at_s=float(step), step=step, loss=values["val_loss"], perplexity=0.0, seconds=0.0
-            )
+                seq=seq, attempt=attempt, at_s=float(step), step=step, loss=values["val_loss"], perplexity=0.0,
+                seconds=0.0,
+            )  # fmt: skip
 
 
-def _step_record(seq: int, step: int, loss: float, values: dict[str, float | None]) -> StepRecord:
-    speed, ratio = values["tokens_per_sec"], values["update_ratio"]
+def _step_record(seq: int, attempt: int, step: int, values: _Values) -> StepRecord:
+    loss, speed, ratio = values["loss"], values["tokens_per_sec"], values["update_ratio"]
+    assert loss is not None
     known_speed = speed is not None and speed > 0
     return StepRecord(
-        seq=seq, attempt=1, at_s=float(step), step=step, loss=loss, grad_norm=values["grad_norm"], lr=values["lr"],
-        update_ratio={} if ratio is None else {"all": ratio}, scaler=values["loss_scale"],
+        seq=seq, attempt=attempt, at_s=float(step), step=step, loss=loss, grad_norm=values["grad_norm"],
+        lr=values["lr"], update_ratio={} if ratio is None else {"all": ratio}, scaler=values["loss_scale"],
         tokens=1_000_000 if known_speed else None,
         step_time_s=StepTime(data=0.0, compute=1_000_000 / speed, other=0.0) if known_speed and speed else None,
     )  # fmt: skip
 
 
-def _step(path: Path, line: int, text: str | None) -> int:
+def _step(path: Path, line: int, text: str) -> int:
     try:
-        value = float(text or "")
+        value = float(text)
     except ValueError:
         raise TraceError(path, line, "step", f"{text!r} is not a step number") from None
     if not value.is_integer() or value < 0:

@@ -89,6 +89,7 @@ class Diagnosed:
         paths, number = self.run.paths, plan.attempt
         self.plans.append(plan)
         paths.plan(number).write_text(plan.model_dump_json())
+        self.run.claim(plan.epoch)
         with keepers(paths, self.run.config), Attempt(paths, number) as entered:
             entered.run()
         self._fold(AttemptSpawned(at_s=self._at_s, attempt=number, pid=1))

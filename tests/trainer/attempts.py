@@ -86,6 +86,11 @@ class TinyRun:
         """Where the checkpoints go."""
         return open_store(self.config.store, self.paths.root, self.config.name)
 
+    def claim(self, epoch: int) -> None:
+        """As a supervisor would, on everything that was saved so far."""
+        known = (*commits_present(self.store), *commits_present(LocalTier(self.paths.local_tier).store))
+        claimed(self.store, epoch, ancestry=known)
+
     def plan(self, attempt: int, **changes: Any) -> ResumePlan:
         """Write the plan of an attempt: fresh for the first, the newest commits for the others."""
         start: dict[str, Any] = {"fresh": True}
@@ -94,8 +99,7 @@ class TinyRun:
         fields = {"run_id": self.config.name, "attempt": attempt, "epoch": attempt, **start, **changes}
         plan = ResumePlan.model_validate(fields)
         self.paths.plan(attempt).write_text(plan.model_dump_json())
-        known = (*commits_present(self.store), *commits_present(LocalTier(self.paths.local_tier).store))
-        claimed(self.store, plan.epoch, ancestry=known)
+        self.claim(plan.epoch)
         return plan
 
     def run(self, attempt: int = 1, *, keep_arena: bool = False, **changes: Any) -> int:

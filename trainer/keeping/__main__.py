@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         stack.enter_context(log_to(paths.keeper_log(role)))
         stop = stack.enter_context(StopFlag().installed())
+        displaced = watch_place(paths.keeper_lock(role))
         liveness = stack.enter_context(LivenessWriter(paths.keeper_liveness(role)))
         liveness.enter(Phase.SAVE)
         config = read_config(paths.run_yaml)
         turn = open_desk(role, paths, config, lambda: liveness.beat(0), stack)
-        displaced = watch_place(paths.keeper_lock(role))
         serve(turn, lambda: bool(stop), displaced, lambda: liveness.beat(0), config.deadlines.orphan_s)
     return 0
 
@@ -79,7 +79,7 @@ def watch_place(lock: Path) -> Callable[[], bool]:
         return found.st_dev, found.st_ino
 
     begun = identity()
-    return lambda: identity() != begun
+    return lambda: begun is None or identity() != begun
 
 
 def serve(
