@@ -18,7 +18,16 @@ Floats = npt.NDArray[np.float64]
 
 BATCH = 64
 NOISES = ("normal", "heavy", "recorded")
-PHASES = ("plain", "lr_kink", "epoch_drops", "resume_jump", "planned_change", "batch_ramp", "missing_points")
+PHASES = (
+    "plain",
+    "lr_kink",
+    "epoch_drops",
+    "resume_jump",
+    "planned_change",
+    "batch_ramp",
+    "missing_points",
+    "lr_overlay",
+)
 NAN_CLASSES = (
     IncidentClass.IMMEDIATE_NAN,
     IncidentClass.SUDDEN_NAN,
@@ -54,6 +63,7 @@ class Run:
     records: list[Record]
     truths: tuple[Truth, ...]
     planned: tuple[int, ...] = ()
+    overlays: tuple[tuple[int, int], ...] = field(default=(), metadata={"why": "(end of the hold, end of the ramp)"})
     steps: int = 0
     warmup_steps: int = 0
     healthy_steps: int = 0
@@ -73,6 +83,7 @@ class _Draft:
     trend: Floats
     norm: Floats
     planned: tuple[int, ...] = ()
+    overlays: tuple[tuple[int, int], ...] = ()
     shards: dict[int, dict[int, tuple[int, float]]] = field(default_factory=dict)
     loaded_at: int | None = None
     validation: Floats | None = None
@@ -119,7 +130,8 @@ def _draft(
     norm = np.exp(rng.normal(0, 0.12, steps)) * (0.3 + 2.0 * np.exp(-step / warmup))
     planned = (int(steps * 0.6),) if phase == "planned_change" else ()
     missing = 0.1 if phase == "missing_points" else 0.0
-    return _Draft(rng, steps, every, sigma, warmup, loss, trend, norm, planned, missing=missing)
+    overlays = (_overlay(steps),) if phase == "lr_overlay" else ()
+    return _Draft(rng, steps, every, sigma, warmup, loss, trend, norm, planned, overlays, missing=missing)
 
 
 def _phase_in_trend(rng: np.random.Generator, trend: Floats, phase: str, sigma: float) -> Floats:
@@ -135,12 +147,23 @@ def _phase_in_trend(rng: np.random.Generator, trend: Floats, phase: str, sigma: 
             shift = np.zeros(steps)
             shift[int(steps * 0.5) :] = rng.uniform(-1, 1) * 2 * sigma
             return np.asarray(trend + shift)
+        case "lr_overlay":  # lower while the rate is held down, back with it: no incident, and none may be made of it
+            hold, back = _overlay(steps)
+            at = np.arange(steps, dtype=np.float64)
+            eased = 1 - np.exp(-np.maximum(at - steps // 2, 0) / (0.1 * (hold - steps // 2)))
+            ramp = np.clip((back - at) / (back - hold), 0.0, 1.0)
+            return np.asarray(trend - rng.uniform(0.02, 0.15) * eased * ramp)
         case "planned_change":
             shift = np.zeros(steps)
             shift[int(steps * 0.6) :] = rng.choice([-1, 1]) * rng.uniform(0.05, 0.6)
             return np.asarray(trend + shift)
         case _:
             return trend
+
+
+def _overlay(steps: int) -> tuple[int, int]:
+    """(end of the hold, end of the ramp) of an overlay that begins in the middle."""
+    return int(steps * 0.55), int(steps * 0.65)
 
 
 def _noise(rng: np.random.Generator, steps: int, residuals: Floats | None) -> Floats:
@@ -302,7 +325,14 @@ def _finish(name: str, draft: _Draft, truths: tuple[Truth, ...]) -> Run:
             break  # a run that is non-finite for good would have ended
     healthy_until = truths[0].onset_step if truths else draft.steps
     return Run(
-        name, records, truths, draft.planned, steps=draft.steps, warmup_steps=draft.warmup, healthy_steps=healthy_until
+        name,
+        records,
+        truths,
+        draft.planned,
+        draft.overlays,
+        steps=draft.steps,
+        warmup_steps=draft.warmup,
+        healthy_steps=healthy_until,
     )
 
 

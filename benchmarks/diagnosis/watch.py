@@ -65,6 +65,7 @@ def _acting(rungs: Callable[[Rule], Iterable[object]]) -> frozenset[IncidentClas
 def longwatch(run: Run) -> list[Prediction]:
     """Fold a run through the diagnosis that runs live."""
     diagnosis = Diagnosis(planned_changes=run.planned)
+    diagnosis.note_overlays(run.overlays)
     findings: list[Finding] = []
     for record in run.records:
         if isinstance(record, StartedRecord):
