@@ -8,6 +8,9 @@ from orchestrator.journal import StoredDecision
 from orchestrator.policy.state import Incident, RunStatus
 
 
+_MAY_CHANGE = 64  # the newest incidents; the engine looks at no older ones either
+
+
 class Telemetry:
     """Remembers what was counted already. `metrics` is what Prometheus reads."""
 
@@ -30,7 +33,7 @@ class Telemetry:
     def changed(self, incidents: list[Incident]) -> dict[int, str]:
         """Incidents that differ from what was written last, as JSON; new ones and new actions are counted."""
         changed: dict[int, str] = {}
-        for incident in incidents:
+        for incident in incidents[-_MAY_CHANGE:]:
             text = _text(incident)
             if self._incidents.get(incident.id) == text:
                 continue
