@@ -7,7 +7,6 @@ from monitors.metrics import Metrics, RunGauges
 from orchestrator.journal import StoredDecision
 from orchestrator.policy.state import Incident, RunStatus
 
-
 _MAY_CHANGE = 64  # the newest incidents; the engine looks at no older ones either
 
 
