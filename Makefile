@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test search check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis
+.PHONY: help setup demo test test-long search check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
 	@echo "make demo    train on this machine's own text, with three planted faults, in a few minutes"
-	@echo "make test    run all tests"
+	@echo "make test    run all tests but the longest, in under ten minutes on two cores"
+	@echo "make test-long  run those"
 	@echo "make search  look for new counterexamples to what the tests state as rules"
 	@echo "make check   format, lint, strict types and the rule of who may import whom"
 	@echo "make bench-checkpoint  how long a save holds up training, beside memcpy, torch.save and DCP"
@@ -31,7 +32,10 @@ demo: setup
 	$(BIN)/python examples/demo/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+
+test-long: setup  # whole runs in every variant; CI runs them too
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 search: setup  # new counterexamples for the property tests, at random
 	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist worksteal tests/contract tests/keeping tests/monitors tests/orchestrator

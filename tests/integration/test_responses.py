@@ -28,6 +28,7 @@ _FAULTS: dict[str, dict[str, Any]] = {
 _CURES = {("data", "skip"), ("learning rate", "cut")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("response", _RESPONSES)
 @pytest.mark.parametrize("fault", _FAULTS)
 def test_only_the_response_that_fits_the_cause_ends_it(tmp_path: Path, corpus: Path, fault: str, response: str) -> None:
