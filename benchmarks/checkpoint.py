@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from benchmarks.common import Stats, measure, report
 from orchestrator.process.keepers import Keepers
 from trainer.checkpoint import Author, Snapshotter
-from trainer.contract import arena
+from trainer.contract import arena, fence
 from trainer.contract.config import RunConfig
 from trainer.contract.paths import KEEPER_ROLES, RunPaths
+from trainer.contract.store import open_store
 from trainer.keeping.tier import LocalTier
 
 MEMCPY, OURS, FSYNCED = "memcpy", "longwatch", "torch.save, fsync"
@@ -88,6 +90,9 @@ class Bench:
             {"name": "bench", "steps": 10**6, "data": {"train": "none"}, "store": {"url": str(self.root / "store")}}
         )
         self.paths.run_yaml.write_text(config.model_dump_json(by_alias=True))
+        with closing(open_store(config.store, self.paths.root, config.name)) as store:
+            store.make_place()
+            fence.claim(store, fence.Fence(run_id=config.name, epoch=1, nonce="0" * 16, host="here", pid=os.getpid()))
         self._tier = LocalTier(self.paths.local_tier)
         self._keepers = Keepers(self.paths, {}, silence_s=600.0)
         self._keepers.start()
@@ -111,7 +116,8 @@ class Bench:
         _until(manifest.exists)
         self._durable(OURS, begun_s)
         _until(lambda: not self._keepers.has_pending() and not self._tier.inventory().waiting)
-        shutil.rmtree(self.root / "store", ignore_errors=True)
+        for part in ("commits", "data"):
+            shutil.rmtree(self.root / "store" / "bench" / part)
         return stall_s
 
     def torch_save(self, *, fsync: bool) -> float:
