@@ -7,11 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitors.records import Prevention
-from orchestrator.policy.decisions import StartAttempt
 from orchestrator.policy.engine import Engine
-from orchestrator.policy.events import AttemptExited, AttemptSpawned, RunOpened, StopRequested, Ticked
+from orchestrator.policy.events import AttemptExited, StopRequested
 from orchestrator.policy.model import Policy
-from orchestrator.policy.shipped import in_force
 from tests.orchestrator.simulated import BATCH, PEAK_LR, World, healthy
 
 _SPIKE_RULES = [
@@ -165,43 +163,6 @@ def test_observe_mode_decides_but_touches_nothing() -> None:
 
     assert len(world.plans) == 1
     assert "roll_back" in world.incident("unrecovered_spike").decision
-
-
-def test_what_nobody_undoes_is_in_the_end_the_runs_own_course() -> None:
-    """Observe mode: saves within the damage stay out of use, those long after it are good again and old ones go."""
-    facts = World().facts.model_copy(update={"total_steps": 3200})
-    world = World(policy=_policy(mode="observe"), facts=facts, loss=_spike_in_attempt_one, validation=_confirming)
-
-    world.run()
-
-    assert world.incident("unrecovered_spike").outcome == "not_recovered"
-    good = [commit.step for commit in world.engine.state.commits if commit.standing == "good" and not commit.tainted]
-    assert good[-1] >= 3100
-    assert not [step for step in good if 200 <= step < 2700]
-    assert len(world.stored) < 40, "what was tainted has been pruned"
-
-
-@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20))
-def test_a_clock_that_is_put_right_holds_nothing_up(jumps: list[float]) -> None:
-    """However the clock jumps, time does not go back, and no start waits longer than its backoff by today's clock."""
-    world = World()
-    world.open()
-    at_s = 1e9
-    world.feed(Ticked(at_s=at_s))
-    for jump in jumps:
-        before_s = world.engine.state.now_s
-        at_s += jump
-        world.feed(Ticked(at_s=at_s))
-        assert world.engine.state.now_s >= before_s
-    attempt = world.engine.state.attempt
-    world.feed(AttemptSpawned(at_s=at_s, attempt=attempt, pid=1))
-    (start,) = [
-        decision
-        for decision in world.engine.fold(AttemptExited(at_s=at_s, attempt=attempt, cause="killed"))
-        if isinstance(decision, StartAttempt)
-    ]
-    assert start.not_before_s == pytest.approx(at_s + start.wait_s, abs=1e-3)
-    assert start.wait_s <= 300.0
 
 
 def test_crash_restarts_from_the_newest_checkpoint_exactly() -> None:
@@ -412,17 +373,6 @@ def test_every_run_ends_and_never_loads_what_is_damaged(crashes: dict[tuple[int,
         assert first < onset + 20, "a state trained on the damaged stretch was chosen"
 
 
-def test_config_change_between_launches_is_noted() -> None:
-    """A changed policy is an event of the run."""
-    world = World()
-    world.open()
-
-    world.feed(RunOpened(at_s=1.0, run_id="sim", config_digest="c", policy_digest="other", code_version="1", adopted=1))
-
-    assert any("changed" in notice.title for notice in world.notices)
-    assert in_force(None).rules
-
-
 def test_steps_after_the_decision_to_leave_prove_nothing() -> None:
     """A trainer that is told to leave does a few steps more; they belong to a dead branch and judge no recovery."""
 
@@ -437,20 +387,3 @@ def test_steps_after_the_decision_to_leave_prove_nothing() -> None:
     assert end.state == "finished"
     assert (incident.outcome, incident.cost.steps) == ("worked", 99 - 90)
     assert len(world.plans) == 2
-
-
-def test_a_finished_run_goes_on_when_more_steps_are_planned() -> None:
-    """From its last checkpoint; with no more steps planned there is nothing to do."""
-    world = World()
-    world.run()
-    snapshot = world.engine.snapshot()
-    for total, plans in ((600, 1), (640, 2)):
-        world.engine = Engine.restore(
-            world.engine.policy, world.facts.model_copy(update={"total_steps": total}), snapshot
-        )
-        world.facts, world.ended = world.engine.facts, None
-        world.open()
-        end = world.ended or world.run()
-        assert (end.state, len(world.plans)) == ("finished", plans)
-    assert world.plans[1].candidates[0].startswith("000000000600")
-    assert world.step == 640
