@@ -36,6 +36,7 @@ from orchestrator.policy.events import AttemptSpawned, Event
 from orchestrator.process.attempt import Attempt
 from orchestrator.process.child import SpawnSpec, oom_kills, spawn
 from orchestrator.recovery.prune import prune, sweep
+from orchestrator.shipping import Shipper
 from orchestrator.store_work import Finished, StoreWorker
 from trainer.contract import fence
 from trainer.contract.commands import append_command
@@ -86,6 +87,7 @@ class Tools:
     worker: StoreWorker
     metrics: Metrics
     nonce: str
+    shipper: Shipper
 
 
 class Effects:
@@ -156,9 +158,10 @@ class Effects:
 
     def _claim(self, stored: StoredDecision, plan: ResumePlan) -> None:
         if self._starting is stored:
-            self._store_call(stored.id, "claim", lambda: self._claim_fence(plan))
+            journal_from = self.tools.shipper.begins(plan.epoch)
+            self._store_call(stored.id, "claim", lambda: self._claim_fence(plan, journal_from))
 
-    def _claim_fence(self, plan: ResumePlan) -> None:
+    def _claim_fence(self, plan: ResumePlan, journal_from: int) -> None:
         """In the store thread: claim the plan's epoch on what the plan builds on."""
         store = self.tools.store
         nonce = hashlib.sha256(f"{self.tools.config.name}/{plan.epoch}/{self.tools.nonce}".encode()).hexdigest()[:32]
@@ -186,6 +189,7 @@ class Effects:
                 base=base,
                 ancestry=ancestry,
                 plan=plan.model_dump(mode="json"),
+                journal_from=journal_from,
             ),
         )
 
@@ -321,6 +325,7 @@ class Effects:
     def _claimed(self, decision: int) -> None:
         starting = self._starting
         if starting is not None and starting.id == decision and isinstance(starting.decision, StartAttempt):
+            self.tools.shipper.claimed()
             self._spawn(starting, starting.decision.plan)
 
 

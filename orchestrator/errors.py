@@ -111,6 +111,30 @@ class RunSupersededError(OrchestratorError):
         super().__init__(f"nothing was started, because the run's fence could not be claimed: {why}")
 
 
+class RunElsewhereError(OrchestratorError):
+    """Another machine shows signs of life: it holds the run."""
+
+    exit_code = 2
+
+    def __init__(self, url: str, holder: str) -> None:
+        self.holder = holder
+        super().__init__(
+            f"the run in {url} is held by {holder}, which shows signs of life, so nothing was started; "
+            "stop it there, or take the run from it with --take-over (it can commit nothing from then on)"
+        )
+
+
+class ShippedJournalError(OrchestratorError):
+    """The journal in the store can't be used."""
+
+    def __init__(self, url: str, why: str) -> None:
+        self.why = why
+        super().__init__(
+            f"the journal in {url} can't be used: {why}; bring the run directory of the machine that wrote it, "
+            "or start from scratch with --fresh (nothing in the store is deleted)"
+        )
+
+
 class SnapshotUnusableError(OrchestratorError):
     """The engine's state in the journal can't be read by this version."""
 

@@ -23,58 +23,14 @@ from orchestrator.errors import (
     JournalVersionError,
     JournalWriteError,
 )
+from orchestrator.journal_sql import APPLICATION_ID, FIRST_UNSETTLED, FORGET, SCHEMA, SHIPPED_TABLES, SURVIVING, VERSION
 from orchestrator.policy.decisions import DECISIONS, Decision
 from orchestrator.policy.events import EVENTS, AttemptExited, Event, RecordReceived
 from orchestrator.process.filesystem import refuse_network_filesystem
 
-_APPLICATION_ID = 0x4C4E4757  # "LNGW"
-_VERSION = 1
 _CHECK_UP_TO_BYTES = 64 << 20  # quick_check reads the whole file; beyond this damage shows itself on reading
 _READ_WAIT_MS = 5000
 _KEEP_SNAPSHOTS = 2
-
-_SCHEMA = f"""
-CREATE TABLE events(seq INTEGER PRIMARY KEY, at_s REAL NOT NULL, kind TEXT NOT NULL, json TEXT NOT NULL);
-CREATE TABLE decisions(
-    id INTEGER PRIMARY KEY, event_seq INTEGER NOT NULL, kind TEXT NOT NULL, json TEXT NOT NULL,
-    status TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'done', 'failed')),
-    outcome TEXT NOT NULL DEFAULT ''
-);
-CREATE INDEX decisions_pending ON decisions(id) WHERE status = 'pending';
-CREATE TABLE attempts(
-    attempt INTEGER PRIMARY KEY, pid INTEGER NOT NULL, boot_id TEXT NOT NULL, starttime INTEGER NOT NULL,
-    spawned_at_s REAL NOT NULL, oom_kills INTEGER, started_step INTEGER, loaded TEXT, replay INTEGER NOT NULL DEFAULT 0,
-    ended_at_s REAL, cause TEXT, code INTEGER, signum INTEGER, detail TEXT
-);
-CREATE TABLE cursors(attempt INTEGER PRIMARY KEY, seq INTEGER NOT NULL, offset INTEGER NOT NULL);
-CREATE TABLE incidents(id INTEGER PRIMARY KEY, json TEXT NOT NULL);
-CREATE TABLE steps(
-    attempt INTEGER NOT NULL, step INTEGER NOT NULL, loss REAL, grad_norm REAL, lr REAL, tokens INTEGER,
-    data_begin INTEGER, data_end INTEGER, at_s REAL, record TEXT NOT NULL, PRIMARY KEY (attempt, step)
-);
-CREATE TABLE notifications(
-    decision INTEGER PRIMARY KEY, at_s REAL NOT NULL, level TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL,
-    incident INTEGER
-);
-CREATE TABLE snapshots(event_seq INTEGER PRIMARY KEY, json BLOB NOT NULL);
-CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
-PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = {_VERSION};
-"""
-
-_SURVIVING = """
-SELECT s.* FROM steps s JOIN attempts a USING (attempt)
-WHERE a.replay = 0 AND NOT EXISTS (
-    SELECT 1 FROM attempts later
-    WHERE later.attempt > s.attempt AND later.replay = 0 AND later.started_step < s.step
-)
-ORDER BY s.step
-"""
-
-_FORGET = """
-DELETE FROM events WHERE seq < ? AND kind IN ('record_received', 'ticked')
-AND COALESCE(json_extract(json, '$.record.kind'), '') NOT IN ('started', 'commit', 'plan_applied')
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +184,33 @@ class Journal:
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO notifications VALUES (?, ?, ?, ?, ?, ?)", row)
 
+    def insert(self, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Put rows in as they are, over those of the same key: how a journal is built again from its segments.
+
+        Raises:
+            ValueError: a table or column that a journal does not have.
+        """
+        with self._transaction():
+            for table, rows in tables.items():
+                if table not in SHIPPED_TABLES:
+                    raise ValueError(f"a journal has no table {table!r}; use the version of Longwatch that wrote it")
+                known = {row["name"] for row in self._rows(f"PRAGMA table_info({table})")}
+                for row in rows:
+                    if not row.keys() <= known:
+                        raise ValueError(
+                            f"{table} has no column {sorted(row.keys() - known)}; it is of another version"
+                        )
+                    marks = ", ".join("?" * len(row))
+                    columns = ", ".join(row)
+                    statement = f"INSERT OR REPLACE INTO {table} ({columns}) VALUES ({marks})"  # noqa: S608  both known
+                    self._db.execute(statement, tuple(row.values()))
+            for row in tables.get("events", ()):
+                match EVENTS.validate_json(row["json"]):
+                    case RecordReceived(record=StepRecord() as record):
+                        self._step(record)
+                    case _:
+                        pass  # the other tables came as rows
+
     def _event(self, event: Event) -> int:
         text = event.model_dump_json()
         seq = self._db.execute(
@@ -277,7 +260,12 @@ class Journal:
         if len(kept) == _KEEP_SNAPSHOTS:
             oldest = kept[-1]["event_seq"]
             self._db.execute("DELETE FROM snapshots WHERE event_seq < ?", (oldest,))
-            self._db.execute(_FORGET, (oldest,))
+            self._db.execute(FORGET, (min(oldest, self._unshipped_from(oldest)),))
+
+    def _unshipped_from(self, otherwise: int) -> int:
+        """The first event that is in no segment yet: it must not be forgotten before it is."""
+        rows = self._rows("SELECT json_extract(value, '$.upto') AS upto FROM meta WHERE key = 'shipped'")
+        return int(rows[0]["upto"]) + 1 if rows else otherwise
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -323,6 +311,19 @@ class Journal:
         rows = self._rows("SELECT * FROM attempts ORDER BY attempt DESC LIMIT 1")
         return rows[0] if rows else None
 
+    def newest_attempt(self) -> int:
+        """Its number; 0 before the first."""
+        row = self.last_attempt()
+        return int(row["attempt"]) if row is not None else 0
+
+    def last_event(self) -> int:
+        """Number of the newest event; 0 before the first."""
+        return int(self._rows("SELECT COALESCE(MAX(seq), 0) AS seq FROM events")[0]["seq"])
+
+    def first_unsettled(self) -> int:
+        """Id from which on decisions may still change: the oldest pending one, or the next."""
+        return int(self._rows(FIRST_UNSETTLED)[0]["id"])
+
     def hang_confirmed(self, attempt: int) -> bool:
         """Whether this attempt was found to hang."""
         found = self._rows(
@@ -341,7 +342,7 @@ class Journal:
 
     def steps(self, *, surviving: bool = False) -> list[sqlite3.Row]:
         """All steps that were run, or those that survive (DESIGN 5), in order."""
-        return self._rows(_SURVIVING if surviving else "SELECT * FROM steps ORDER BY attempt, step")
+        return self._rows(SURVIVING if surviving else "SELECT * FROM steps ORDER BY attempt, step")
 
     def notifications(self) -> list[sqlite3.Row]:
         """All notifications: decision, at_s, level, title, text, incident."""
@@ -368,7 +369,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     if not tables:
-        connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
     elif path.stat().st_size <= _CHECK_UP_TO_BYTES:
         verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
@@ -382,10 +383,10 @@ def _num_tables(connection: sqlite3.Connection) -> int:
 def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if application != _APPLICATION_ID:
+    if application != APPLICATION_ID:
         raise JournalForeignError(path)
-    if version != _VERSION:
-        raise JournalVersionError(path, f"format {version}, this one knows {_VERSION}")
+    if version != VERSION:
+        raise JournalVersionError(path, f"format {version}, this one knows {VERSION}")
 
 
 @contextmanager

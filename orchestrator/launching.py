@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from orchestrator import moving
 from orchestrator.config import ResolvedRun, check_changes, read_policy, write_resolved
 from orchestrator.documents import ConfigError, Problem
 from orchestrator.errors import JournalMissingError, OrchestratorError, RunHeldError
@@ -27,6 +28,7 @@ from orchestrator.preflight import Data, preflight
 from orchestrator.process.filesystem import refuse_network_filesystem
 from orchestrator.process.keepers import end_keepers
 from orchestrator.process.lock import RunLock, is_held, read_holder
+from orchestrator.shipping import MOVED
 from orchestrator.supervisor import Setup, Supervisor, Update
 from orchestrator.takeover import open_engine
 from trainer.contract import arena, fence
@@ -76,25 +78,44 @@ class Launch:
     data: Data | None = None
 
 
-def prepare(run: ResolvedRun, *, fresh: bool = False, resume_because: str | None = None) -> Launch:
+def prepare(
+    run: ResolvedRun,
+    *,
+    fresh: bool = False,
+    resume_because: str | None = None,
+    take_over: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Launch:
     """Look at everything that can be known before the start.
+
+    Args:
+        run: the configuration.
+        fresh: start from scratch; the old run is set aside.
+        resume_because: why a halted run goes on.
+        take_over: go on with what the store holds, whoever held the run; a run directory that is here is set aside.
+        tell: what people should know while they wait.
 
     Raises:
         RunHeldError: another supervisor has the run.
+        RunElsewhereError: another machine has it, and shows signs of life.
+        ShippedJournalError: the store holds a run whose journal can't be used.
         HaltedError: it is halted, and nobody has said that it goes on.
         ConfigError: a key changed that may not, or data, store, disk or port are not as they must be.
         RunExistsError: the store holds a run that this run directory does not know.
     """
     paths = run.paths
-    if is_held(paths.lock):
-        raise RunHeldError(paths.lock, str(read_holder(paths.lock) or "another process"))
+    _ensure_free(paths)
     living = is_held(paths.child_lock)
     if fresh and living:
         raise RunHeldError(
             paths.child_lock, "a trainer that still runs: launch without --fresh to take it over, stop it"
         )
-    past = None if fresh else _past(paths)
     store = _store(run)
+    if take_over and living:
+        raise RunHeldError(paths.child_lock, "a trainer that still runs: launch without --take-over to go on with it")
+    if not fresh and not living:
+        _move_here(run, store, take_over, tell)
+    past = None if fresh else _past(paths)
     if past is not None and resume_because is None:
         past.refuse_halted(paths)
     changed = check_changes(run) if past is not None else []
@@ -109,10 +130,51 @@ def prepare(run: ResolvedRun, *, fresh: bool = False, resume_because: str | None
         if found.problems:
             raise ConfigError(list(found.problems))
     if past is None and not fresh and (fence.current_epoch(store) is not None or fence.commits_present(store)):
-        if is_held(paths.lock):  # one that was launched at the same time has just begun
-            raise RunHeldError(paths.lock, str(read_holder(paths.lock) or "another process"))
+        _ensure_free(paths)  # one that was launched at the same time has just begun
         raise RunExistsError(store.url, paths.root)
     return Launch(run, store, tuple(changed), fresh, resume_because, data)
+
+
+def _move_here(run: ResolvedRun, store: Store, take_over: bool, tell: Callable[[str], None]) -> None:
+    """Build the run directory from the store, if the run is there and not here.
+
+    One that was built and has claimed nothing yet is built again: the other machine may have gone on since.
+    """
+    paths = run.paths
+    unclaimed = bool(_meta(paths, MOVED))
+    if not take_over and paths.database.exists() and not unclaimed:
+        return
+    try:
+        found = moving.find(store)
+        if found is None:
+            return
+        _ensure_free(paths)  # launched twice at once, the other has just begun
+        if not take_over:
+            moving.ensure_nobody_lives(store, found, tell)
+            _ensure_free(paths)
+        if unclaimed or not _meta(paths, "status"):
+            paths.database.unlink(missing_ok=True)
+        else:
+            tell(f"{paths.root} was set aside as {set_aside(paths)}")
+        paths.create()
+        with RunLock(paths.lock):
+            moving.build(store, found, paths)
+    except StoreError:
+        return  # the look before the start will say what is wrong with it
+    tell(f"{paths.root} was built from the journal in {store.url}; {found.holder} held the run last")
+
+
+def _meta(paths: RunPaths, key: str) -> str | None:
+    try:
+        with closing(Journal.read_only(paths.database)) as journal:
+            return journal.meta(key)
+    except JournalMissingError:
+        return None
+
+
+def _ensure_free(paths: RunPaths) -> None:
+    if is_held(paths.lock):
+        raise RunHeldError(paths.lock, str(read_holder(paths.lock) or "another process"))
 
 
 def changes_since(run: ResolvedRun) -> list[str] | None:
@@ -194,8 +256,7 @@ def _refuse_other_data(run: ResolvedRun, changed: list[str]) -> None:
 def supervise(launch: Launch, on_update: OnUpdate) -> int:
     """Supervise until the run ends; returns the exit code of DESIGN 11."""
     run = launch.run
-    if is_held(run.paths.lock):  # launched twice within the seconds of the look before the start
-        raise RunHeldError(run.paths.lock, str(read_holder(run.paths.lock) or "another process"))
+    _ensure_free(run.paths)  # launched twice within the seconds of the look before the start
     if launch.fresh:
         set_aside(run.paths)
     run.paths.root.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -28,6 +28,7 @@ from orchestrator.policy.events import (
     Event,
     HangConfirmed,
     HangSuspected,
+    Moved,
     RecordReceived,
     ResumeRequested,
     RunOpened,
@@ -38,10 +39,13 @@ from orchestrator.process.child import become_subreaper, reap_orphans
 from orchestrator.process.inbox import Bell, Inbox, keeper_number
 from orchestrator.process.keepers import Keepers
 from orchestrator.process.lock import RunLock, is_held
+from orchestrator.shipping import MOVED, Shipper
 from orchestrator.store_work import StoreWorker
 from orchestrator.takeover import open_engine, take_over
 from orchestrator.telemetry import Telemetry
 from trainer.contract.paths import KEEPER_ROLES
+from trainer.contract.segments import send_segments
+from trainer.contract.store import StoreError
 
 __all__ = ["Setup", "Supervisor", "Update"]
 
@@ -108,7 +112,8 @@ class Supervisor:
         for source in (self._bell, self._worker):
             self._selector.register(source, selectors.EVENT_READ)
         nonce = self._journal.meta("nonce") or secrets.token_hex(16)
-        tools = Tools(paths, setup.config, self._journal, setup.store, self._worker, metrics, nonce)
+        self._shipper = Shipper(self._journal, paths)
+        tools = Tools(paths, setup.config, self._journal, setup.store, self._worker, metrics, nonce, self._shipper)
         self._journal.commit(Batch(meta={"nonce": nonce, "metrics_url": self._metrics_url or ""}))
         self._effects = Effects(tools)
         env = {name: secret.get_secret_value() for name, secret in setup.config.launch.env.items()}
@@ -154,6 +159,7 @@ class Supervisor:
             adopted=taken.attempt.number if taken.attempt and taken.attempt.pid else None,
             fresh=setup.fresh,
             order=setup.order,
+            moved=Moved.model_validate_json(moved) if (moved := self._journal.meta(MOVED)) else None,
         )
         self._next_tick_s = time.monotonic()
         self._process([*events, opened])
@@ -230,7 +236,7 @@ class Supervisor:
         incidents = self._telemetry.changed(self._core.incidents())
         self._telemetry.show(status, trainer_up=attempt is not None and attempt.pid is not None)
         self._say_what_is_needed()
-        return self._journal.commit(
+        stored = self._journal.commit(
             Batch(
                 folded=folded,
                 incidents=incidents,
@@ -240,6 +246,8 @@ class Supervisor:
                 snapshot=self._core.snapshot() if snapshot else None,
             )
         )
+        self._shipper.committed(folded, incidents_changed=bool(incidents))
+        return stored
 
     def _say_what_is_needed(self) -> None:
         """Said before the events that it follows from are durable: keeping too much for a moment harms nobody."""
@@ -347,7 +355,16 @@ class Supervisor:
                 self._effects.store_finished(finished)
         self._effects.ended()
         self._commit((), snapshot=True)
+        self._ship_the_rest()
         return self._effects.end.exit_code
+
+    def _ship_the_rest(self) -> None:
+        """The uploader has left; what follows it is little, and the next launch sends what cannot be sent now."""
+        self._shipper.cut()
+        try:
+            send_segments(self._setup.store, self._setup.paths.outbox)
+        except StoreError as error:
+            _LOG.warning("journal_not_shipped", why=str(error))
 
     def _unfinished(self) -> bool:
         due_s = self._effects.timers.due_s()

@@ -18,7 +18,7 @@ from orchestrator.errors import ChildLockHeldError, SnapshotUnusableError
 from orchestrator.journal import Journal, StoredDecision
 from orchestrator.policy.decisions import EndRun, StartAttempt
 from orchestrator.process.attempt import Attempt
-from orchestrator.process.child import Child, Identity, adopt, kill_leftovers
+from orchestrator.process.child import Child, Identity, adopt, boot_id, kill_leftovers
 from orchestrator.process.lock import holders, is_free
 from trainer.contract.config import DeadlinesConfig
 from trainer.contract.paths import RunPaths
@@ -81,6 +81,7 @@ def take_over(journal: Journal, effects: Effects, paths: RunPaths, deadlines: De
         child,
         oom_kills_before=row["oom_kills"],
         hang_confirmed=journal.hang_confirmed(number),
+        host_lost=identity.boot_id != boot_id(),
     )
     return Taken(attempt, pending)
 

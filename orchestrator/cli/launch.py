@@ -28,13 +28,19 @@ def launch(
     run_file: RunFile,
     sets: SetOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start from scratch; the old run is set aside.")] = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Go on with what the store holds, without a look for who holds the run.")
+    ] = False,
 ) -> None:
     """Start a run, or go on with it: the same command does both. SIGTERM saves and exits 75, Ctrl-C saves and exits 5.
 
     Exit codes: 0 finished, 1 failed, 2 usage or configuration, 3 halted by policy, 4 budget used up, 5 stopped by the
     operator, 75 preempted: run me again.
     """
-    _watch(prepare(_resolved(run_file, sets or []), fresh=fresh))
+    if fresh and take_over:
+        remark("--fresh starts from scratch, --take-over goes on: say one of them")
+        raise typer.Exit(2)
+    _watch(prepare(_resolved(run_file, sets or []), fresh=fresh, take_over=take_over, tell=remark))
 
 
 def resume(

@@ -116,6 +116,8 @@ class Engine:
         if event.order is not None:
             state.order = event.order
         state.config_digest, state.policy_digest = event.config_digest, event.policy_digest
+        if event.moved is not None:
+            health.on_moved(ctx, event.moved)
         if state.phase == "new":
             attempts.start(ctx, Recovery(kind="restart", because="first launch"))
         elif state.phase in ("stopped", "preempted", "failed"):

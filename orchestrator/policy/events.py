@@ -17,6 +17,15 @@ class _Event(BaseModel):
     at_s: float
 
 
+class Moved(BaseModel):
+    """The run was begun on a machine that is not asked any more: what it claimed, and what it left in the store."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    claimed_epoch: int
+    commits: tuple[str, ...]
+
+
 class RunOpened(_Event):
     """A supervisor took the run: first launch, or again after its own end. `adopted` names a living attempt.
 
@@ -31,6 +40,7 @@ class RunOpened(_Event):
     adopted: int | None = None
     fresh: bool = False
     order: OrderSpec | None = None
+    moved: Moved | None = None
 
 
 class RecordReceived(_Event):

@@ -5,6 +5,7 @@ from monitors.taxonomy import TAINTING, IncidentClass
 from orchestrator.policy import budgets
 from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import PruneCheckpoints, WriteVerdict
+from orchestrator.policy.events import Moved
 from orchestrator.policy.state import Commit, HistoryRow, Incident
 from orchestrator.recovery.retention import Checkpoint, plan_retention
 from trainer.contract.manifest import parse_commit_id
@@ -134,6 +135,15 @@ def on_save_ended(ctx: Context, record: CommitRecord | CommitFailedRecord) -> No
             _on_commit(ctx, record)
         case CommitFailedRecord(gone=True) if known is not None and known.where == "disk":
             state.commits.remove(known)
+
+
+def on_moved(ctx: Context, moved: Moved) -> None:
+    """Another machine's disk is gone, and with it what had come no further; what it had claimed stays claimed."""
+    state = ctx.state
+    state.epoch = max(state.epoch, moved.claimed_epoch)
+    state.commits = [commit for commit in state.commits if commit.id in moved.commits]
+    for commit in state.commits:
+        commit.where = "store"
 
 
 def _on_commit(ctx: Context, record: CommitRecord) -> None:

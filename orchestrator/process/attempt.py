@@ -48,11 +48,13 @@ class Attempt:
         *,
         oom_kills_before: int | None = None,
         hang_confirmed: bool = False,
+        host_lost: bool = False,
     ) -> None:
         self.number = number
         self.child = child
         self.step = 0
         self.hang_confirmed = hang_confirmed
+        self._host_lost = host_lost
         self._paths = paths
         self._deadlines = deadlines
         self._watched = watch.begin(now_s)
@@ -164,6 +166,7 @@ class Attempt:
                 signum=status.signum,
                 sent=frozenset(self.child.sent) if self.child else frozenset(),
                 hang_confirmed=self.hang_confirmed,
+                host_lost=self._host_lost,
                 error=said.error if said else None,
                 oom_kills=risen,
                 tail=output_tail(self._paths.output(self.number)),

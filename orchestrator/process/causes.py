@@ -46,6 +46,7 @@ class Evidence:
     signum: int | None = None
     sent: frozenset[int] = frozenset()
     hang_confirmed: bool = False
+    host_lost: bool = False
     error: ErrorFacts | None = None
     oom_kills: int = 0
     tail: str = ""
@@ -136,6 +137,7 @@ TABLE: tuple[Row, ...] = (
     Row("data", _coded(ExitCode.DATA), "exit 65, EX_DATAERR"),
     Row("data_unreachable", _coded(ExitCode.DATA_UNREACHABLE), "exit 68, EX_NOHOST"),
     Row("checkpoint", _coded(ExitCode.CHECKPOINT), "exit 66: no candidate verified"),
+    Row("host_lost", lambda e: e.host_lost and e.code is None, "the machine was started anew, or another goes on"),
     Row("disk_full", lambda e: e.code == ExitCode.DISK_FULL or e.says(_DISK), "exit 74, ENOSPC or EDQUOT"),
     Row("store", _coded(ExitCode.STORE), "exit 69, EX_UNAVAILABLE"),
     Row("cuda_oom", lambda e: e.says(_CUDA_OOM), "torch's allocator message"),

@@ -303,7 +303,9 @@ def test_a_disk_that_takes_no_marks(tmp_path: Path) -> None:
     with Saving(store, paths.root) as saving, closing(Reporter.of_keeper(paths, "uploader")) as reporter:
         commit = saving.snapshot(_state(1))
         saving.persist()
-        uploader = Uploader(paths, store, reporter, lambda: None, _NoFaults(), keep=2, clock=time.monotonic)
+        uploader = Uploader(
+            paths, store, reporter, lambda: None, _NoFaults(), lambda: None, keep=2, clock=time.monotonic
+        )
         uploader._tier.store.backend = _Full(paths.local_tier)
         assert uploader.turn()
         assert not uploader.turn()
@@ -329,7 +331,9 @@ def test_housekeeping_that_is_denied_holds_up_no_upload(tmp_path: Path) -> None:
     with Saving(store, paths.root) as saving, closing(Reporter.of_keeper(paths, "uploader")) as reporter:
         commit = saving.snapshot(_state(1))
         saving.persist()
-        assert Uploader(paths, store, reporter, lambda: None, _NoFaults(), keep=2, clock=time.monotonic).turn()
+        assert Uploader(
+            paths, store, reporter, lambda: None, _NoFaults(), lambda: None, keep=2, clock=time.monotonic
+        ).turn()
     assert commits_present(store) == (commit,)
 
 

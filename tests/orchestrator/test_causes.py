@@ -45,6 +45,9 @@ EXAMPLES: list[tuple[str, Evidence]] = [
     ("error", Evidence(code=70, error=ErrorFacts(type="RuntimeError", message="boom"))),
     ("error", Evidence(code=37)),
     ("error", Evidence(code=1, hang_confirmed=True)),
+    ("host_lost", Evidence(host_lost=True)),
+    ("host_lost", Evidence(host_lost=True, hang_confirmed=False, tail="step 9")),
+    ("preempted", Evidence(host_lost=True, code=75)),
     ("unknown", Evidence()),
 ]  # fmt: skip
 

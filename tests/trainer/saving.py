@@ -109,7 +109,7 @@ class Saving:
 
     def upload(self, commit: str) -> Sealed:
         """Send one commit to the store."""
-        sealed = upload(self.tier, self.store, commit, lambda: None)
+        sealed = upload(self.tier, self.store, commit, lambda: None, lambda: None)
         self.tier.mark_uploaded(commit)
         return sealed
 

@@ -27,12 +27,12 @@ class FenceError(Exception):
 class FenceLostError(FenceError):
     """Another writer holds this epoch, or a later one exists."""
 
-    def __init__(self, epoch: int, newest: int) -> None:
+    def __init__(self, epoch: int, newest: int, holder: str = "another writer") -> None:
         self.epoch = epoch
         self.newest = newest
         super().__init__(
-            f"epoch {epoch} is not ours: the store is at epoch {newest}, claimed by another writer; "
-            "stop this one, or find out which supervisor runs beside it"
+            f"epoch {epoch} is not ours: the store is at epoch {newest}, claimed by {holder}; stop this one, "
+            "or go on here with what the other has done by `longwatch launch --take-over`"
         )
 
 
@@ -48,7 +48,9 @@ class Fence(Contract):
     base: CommitIdText | None = Field(None, description="the commit this epoch continues from; None: a fresh start")
     ancestry: tuple[CommitIdText, ...] = Field((), description="what the base was built on, in any order")
     plan: dict[str, Any] = Field(default_factory=dict, description="the resume plan, as JSON")
-    budgets: dict[str, Any] = Field(default_factory=dict, description="what recoveries have spent so far, as JSON")
+    journal_from: int | None = Field(
+        None, ge=1, description="the journal's first event under this epoch; what others write from there on is inert"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,19 @@ def claim(store: Store, fence: Fence) -> None:
     """
     newest = current_epoch(store)
     if newest is not None and newest > fence.epoch:
-        raise FenceLostError(fence.epoch, newest)
+        raise FenceLostError(fence.epoch, newest, _holder(store, newest))
     try:
         store.create(fence_key(fence.epoch), fence.model_dump_json().encode())
     except ObjectExists as error:
-        raise FenceLostError(fence.epoch, max(newest or 0, fence.epoch)) from error
+        raise FenceLostError(fence.epoch, fence.epoch, _holder(store, fence.epoch)) from error
+
+
+def _holder(store: Store, epoch: int) -> str:
+    try:
+        fence = read_fence(store, epoch)
+    except FenceError:
+        return "another writer"
+    return f"{fence.host}, pid {fence.pid}"
 
 
 def ensure_accepted(store: Store, commit: str) -> None:

@@ -76,6 +76,11 @@ class RunPaths:
         """Commits that must not leave the local disk before the store has them: a JSON list, by the supervisor."""
         return self.local_tier / NEEDED
 
+    @property
+    def outbox(self) -> Path:
+        """Segments of the journal that wait for the uploader."""
+        return self.root / "outbox"
+
     def keeper_lock(self, role: KeeperRole) -> Path:
         """flock held by the one process of that role."""
         return self.root / f"{role}.lock"
@@ -136,5 +141,5 @@ class RunPaths:
         """Make the directory tree, private to the user (0700)."""
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.root.chmod(0o700)
-        for name in ("plans", "commands", "records", "liveness", "exits", "logs", "stacks", "report"):
+        for name in ("plans", "commands", "records", "liveness", "exits", "logs", "stacks", "report", "outbox"):
             (self.root / name).mkdir(exist_ok=True, mode=0o700)

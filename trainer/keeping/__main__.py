@@ -20,6 +20,7 @@ from trainer.contract.liveness import LivenessWriter, Phase
 from trainer.contract.paths import KEEPER_ROLES, KeeperRole, RunPaths
 from trainer.contract.store import open_store
 from trainer.faults.upload import FaultyUploads
+from trainer.keeping.outbox import Outbox
 from trainer.keeping.uploader import Uploader
 from trainer.keeping.writer import Writer
 from trainer.logs import log_to
@@ -65,7 +66,9 @@ def open_desk(
         return stack.enter_context(closing(Writer(paths, reporter, beat, keep=keep, clock=time.monotonic))).turn
     store = stack.enter_context(closing(open_store(config.store, paths.root, config.name)))
     faults = FaultyUploads(config.faults, paths, store, reporter)
-    return Uploader(paths, faults.store, reporter, beat, faults, keep=keep, clock=time.monotonic).turn
+    outbox = stack.enter_context(closing(Outbox(paths, faults.store, time.monotonic)))
+    uploader = Uploader(paths, faults.store, reporter, beat, faults, outbox.turn, keep=keep, clock=time.monotonic)
+    return lambda: outbox.turn() | uploader.turn()
 
 
 def watch_place(lock: Path) -> Callable[[], bool]:

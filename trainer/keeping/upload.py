@@ -8,8 +8,10 @@ from trainer.contract.store import ObjectMissing, Store, StoreUnavailable
 from trainer.keeping.tier import LocalTier
 
 
-def upload(tier: LocalTier, store: Store, commit: str, beat: Callable[[], None]) -> Sealed:
+def upload(tier: LocalTier, store: Store, commit: str, beat: Callable[[], None], ship: Callable[[], object]) -> Sealed:
     """Send one commit. Doing it again after a death or a lost answer sends only what is missing.
+
+    `ship` sends what the journal says of the steps up to it: a commit should not be known before its history is.
 
     Raises:
         FenceLostError: the store goes on without this commit: a rollback went behind it, or another writer has taken
@@ -31,6 +33,7 @@ def upload(tier: LocalTier, store: Store, commit: str, beat: Callable[[], None])
             why = f"it holds {stored} bytes of the {entry.size} written"
             raise StoreUnavailable(store.url, why, entry.key)
     beat()
+    ship()
     fence.ensure_accepted(store, commit)
     store.create(manifest_key(commit), sealed.raw)
     return sealed

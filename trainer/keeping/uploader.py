@@ -35,13 +35,14 @@ class Uploader:
     """One turn sends one checkpoint, or finds that there is none to send now."""
 
     def __init__(
-        self, paths: RunPaths, store: Store, reporter: Reporter, beat: Callable[[], None], faults: UploadFaults, *,
-        keep: int, clock: Callable[[], float],
+        self, paths: RunPaths, store: Store, reporter: Reporter, beat: Callable[[], None], faults: UploadFaults,
+        ship: Callable[[], object], *, keep: int, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._store = store
         self._reporter = reporter
         self._beat = beat
         self._faults = faults
+        self._ship = ship
         self._keep = keep
         self._clock = clock
         self._tier = LocalTier(paths.local_tier)
@@ -77,7 +78,7 @@ class Uploader:
         try:
             self._tidy_once()
             self._faults.before_upload(parsed.attempt, parsed.step)
-            sealed = upload(self._tier, self._store, commit, self._beat)
+            sealed = upload(self._tier, self._store, commit, self._beat, self._ship)
         except FenceLostError as error:
             self._give_up(commit, str(error), superseded=True)
         except (ManifestError, LocalDamageError) as error:
