@@ -86,6 +86,7 @@ class Diagnosis:
                 found = self._activation(record)
             case StartedRecord():
                 self._shards.declare(len(record.shards))
+                self._notices.started(record)
                 return []
             case _:
                 return []
@@ -147,6 +148,7 @@ class Diagnosis:
         found = self._nonfinite.observe(record, state.history, key)
         found += self._prevention.observe(record, state.history, key + len(found))
         found += self._notices.learning_rate(record, key + len(found))
+        found += self._notices.initial(record, key + len(found))
         if not is_finite(record):
             return found + self._broken(record, key + len(found))
         row = Row(step=record.step, loss=record.loss)

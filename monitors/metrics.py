@@ -38,7 +38,7 @@ RUN_STATES = ("starting", "running", "recovering", "stopped", "halted", "finishe
 EXIT_CAUSES = (
     "hang", "finished", "preempted", "left", "replay_done", "orphaned", "config", "data", "data_unreachable",
     "checkpoint", "disk_full", "store", "cuda_oom", "host_oom", "nccl", "gpu", "native_crash", "killed", "user_error",
-    "error", "unknown",
+    "host_lost", "error", "unknown",
 )  # fmt: skip
 DECISION_KINDS = (
     "start_attempt", "stop_attempt", "send_command", "write_verdict", "prune_checkpoints", "notify",

@@ -33,6 +33,7 @@ class DetectSettings(BaseModel):
     plateau_share: float = Field(0.002, gt=0, description="improvement of the last quarter below this is a plateau")
     plateau_noisy_share: float = Field(0.01, ge=0, description="or below this, where noise hides any improvement")
     plateau_dead: float = Field(0.5, gt=0, le=1, description="or so many dead or saturated units in a layer group")
+    initial_share: float = Field(0.2, gt=0, description="of ln(vocabulary): the first loss of a fresh model is so near")
     low_share: float = Field(0.2, gt=0, lt=1, description="below the trend within 200 steps")
     low_wait_steps: int = Field(200, ge=1, description="for an evaluation that says whether it is real")
     shard_sigma: float = Field(6.0, gt=0, description="a shard's excess over its own kind")

@@ -20,6 +20,7 @@ class IncidentClass(StrEnum):
     PLATEAU_THEN_NAN = "plateau_then_nan"
     SUDDEN_NAN = "sudden_nan"
     NAN_AFTER_LOAD = "nan_after_load"
+    INITIAL_LOSS_OFF = "initial_loss_off"
     LOSS_IMPLAUSIBLY_LOW = "loss_implausibly_low"
     VALIDATION_DIVERGENCE = "validation_divergence"
     UPDATE_RATIO_HIGH = "update_ratio_high"

@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from monitors.detect.series import Series
-from monitors.records import ActivationRecord, EvalRecord, StepRecord
+from monitors.records import ActivationRecord, EvalRecord, StartedRecord, StepRecord
 from monitors.settings import DetectSettings
 from monitors.taxonomy import Finding, IncidentClass
 
@@ -54,6 +54,7 @@ class NoticeState:
     rerun: dict[int, Recorded] = Field(default_factory=dict)
     rerun_from: int = 0
     differences: list[float] = Field(default_factory=list)
+    uniform: float | None = Field(default=None, description="ln(vocabulary), until a fresh model has shown its loss")
     doubted: bool = Field(default=False, description="this attempt's losses are not those that were recorded")
 
 
@@ -71,6 +72,11 @@ class NoticeDetector:
         state.evals = [row for row in state.evals if row[0] <= step]
         state.lr_key, state.rerun, state.rerun_from, state.differences = None, rerun, step, []
         state.doubted = False
+
+    def started(self, record: StartedRecord) -> None:
+        """A model that has learned nothing should be as good as a guess."""
+        fresh = record.loaded is None and record.step == 0 and record.vocab_size > 1
+        self.state.uniform = math.log(record.vocab_size) if fresh else None
 
     # -- step records ---------------------------------------------------------------------------------------------
 
@@ -90,6 +96,22 @@ class NoticeDetector:
             closed, state.lr_key = state.lr_key, None
             return [Finding("closed", closed, cls, record.step, record.step, "the LR is as planned", record.step)]
         return []
+
+    def initial(self, record: StepRecord, key: int) -> list[Finding]:
+        """`initial_loss_off`: the first loss of a fresh model is far from ln(vocabulary), that of a uniform guess."""
+        uniform, self.state.uniform = self.state.uniform, None
+        if uniform is None or record.step != 1 or not math.isfinite(record.loss):
+            return []
+        limit = self._settings.initial_share * uniform
+        if abs(record.loss - uniform) <= limit:
+            return []
+        above = record.loss > uniform
+        cause = "the initialisation is too large" if above else "the model was trained before, or sees what it predicts"
+        why = (
+            f"the first loss is {record.loss:.3f}, a fresh model's is ln(vocabulary) = {uniform:.3f}, give or take "
+            f"{limit:.3f}: {cause}, or the loss is counted in another way"
+        )
+        return _once(key, IncidentClass.INITIAL_LOSS_OFF, 1, 1, why, loss=record.loss, uniform=uniform, limit=limit)
 
     def expect_other_losses(self) -> None:
         """What was recorded is no measure of what is run again now."""

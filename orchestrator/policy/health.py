@@ -3,10 +3,11 @@
 from monitors.records import CommitFailedRecord, CommitRecord, StartedRecord, StepRecord
 from monitors.taxonomy import TAINTING, IncidentClass
 from orchestrator.policy import budgets
+from orchestrator.policy.aftercare import judge_recoveries, keep_course
 from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import PruneCheckpoints, WriteVerdict
 from orchestrator.policy.events import Moved
-from orchestrator.policy.state import Commit, HistoryRow, Incident
+from orchestrator.policy.state import Commit, HistoryRow
 from orchestrator.recovery.retention import Checkpoint, plan_retention
 from trainer.contract.manifest import parse_commit_id
 
@@ -44,7 +45,7 @@ def on_step(ctx: Context, record: StepRecord) -> None:
         return  # the last steps of an attempt that is to leave prove nothing
     _accept_damage(ctx)
     _promote(ctx)
-    _judge_recoveries(ctx)
+    judge_recoveries(ctx)
 
 
 def _accept_damage(ctx: Context) -> None:
@@ -101,27 +102,6 @@ def _as_checkpoint(commit: Commit) -> Checkpoint:
         id=commit.id, step=commit.step, epoch=0, attempt=0, state=standing, verified=standing == "good",
         pinned=False, in_lineage=True, bytes=0, committed_at_s=commit.committed_at_s,
     )  # fmt: skip
-
-
-def _judge_recoveries(ctx: Context) -> None:
-    """A recovery worked when the run is as many healthy steps beyond the place where it had been stopped."""
-    state = ctx.state
-    for incident in state.incidents[-64:]:
-        if incident.state != "recovering" or incident.resume_step is None:
-            continue
-        _account_recompute(ctx, incident)
-        process = incident.target_step is None
-        healthy_from = max(incident.resume_step, state.unhealthy_until_step)
-        if state.step - healthy_from >= (1 if process else ctx.facts.good_after_steps):
-            incident.state, incident.outcome = "closed", "worked"
-            incident.end_step = incident.resume_step
-
-
-def _account_recompute(ctx: Context, incident: Incident) -> None:
-    state = ctx.state
-    if incident.cost.recompute_s == 0.0 and incident.resume_step is not None and state.step >= incident.resume_step:
-        since = incident.opened_at_s + incident.cost.restart_s
-        incident.cost.recompute_s = max(0.0, state.now_s - since) if incident.cost.steps else 0.0
 
 
 def on_save_ended(ctx: Context, record: CommitRecord | CommitFailedRecord) -> None:
@@ -183,6 +163,8 @@ def on_started(ctx: Context, record: StartedRecord) -> None:
         incident.cost.restart_s = max(0.0, state.now_s - incident.opened_at_s)
         if incident.resume_step is None:
             incident.resume_step = state.step
+        if incident.target_step is not None:
+            keep_course(ctx, incident, record.step)
     _settle_overtaken(ctx, record)
     left = [c for c in state.commits if c.step > record.step and parse_commit_id(c.id).attempt < record.attempt]
     state.abandoned += [commit.id for commit in left if commit.standing != "bad"]

@@ -73,6 +73,19 @@ class Considered(_Mutable):
     why: str
 
 
+class Course(_Mutable):
+    """The loss over the steps that were run again, before and after: medians, nats."""
+
+    before: float
+    after: float
+    allowed: float
+
+    @property
+    def rejoined(self) -> bool:
+        """Whether it is as low again."""
+        return self.after <= self.before + self.allowed
+
+
 class Incident(_Mutable):
     """One incident, from suspicion to its outcome; what `longwatch incidents` prints."""
 
@@ -101,6 +114,8 @@ class Incident(_Mutable):
     relapse_of: int | None = None
     target_step: int | None = None
     resume_step: int | None = Field(default=None, description="where the run had been when it was stopped")
+    course: Course | None = Field(default=None, description="whether the loss rejoined its earlier course")
+    lr_restored_step: int | None = Field(default=None, description="its lowered LR was back at the schedule here")
     cost: Cost = Field(default_factory=Cost)
     attempt: int = 0
     observed: bool = Field(default=False, description="decided in observe mode or in a replay: nothing was touched")
@@ -225,6 +240,9 @@ class EngineState(_Mutable):
     rollback_onset_step: int = 0
     warm_up_rollbacks: int = 0
     discarded_steps: int = 0
+    courses: dict[int, dict[int, float]] = Field(
+        default_factory=dict, description="incident -> step -> loss: what its recovery is held against"
+    )
     unhealthy_until_step: int = Field(default=0, description="the last step that does not count as healthy")
     hang_phase: str | None = None
     config_digest: str = ""

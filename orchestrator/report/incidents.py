@@ -56,9 +56,21 @@ def _lines(incident: Facts) -> list[Text]:
     ]
     if incident.get("shards"):
         lines.append(Text(f"   shard {', '.join(str(shard) for shard in incident['shards'])}"))
+    if after := _after(incident):
+        lines.append(Text(f"   after {after}"))
     if "cost" in incident:
         lines.append(Text(f"   cost  {cost_text(incident['cost'])}"))
     return lines
+
+
+def _after(incident: Facts) -> str:
+    """What was seen of the recovery."""
+    said = []
+    if course := incident.get("course"):
+        said.append(f"the loss is {course['after']:.3f}, it was {course['before']:.3f} before")
+    if restored := incident.get("lr_restored_step"):
+        said.append(f"LR back at its schedule from step {restored} on")
+    return "; ".join(said)
 
 
 def _steps(incident: Facts) -> str:
