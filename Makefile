@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-long search check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis
+.PHONY: help setup demo test test-long search powercuts check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -11,6 +11,7 @@ help:
 	@echo "make test    run all tests but the longest, in under ten minutes on two cores"
 	@echo "make test-long  run those"
 	@echo "make search  look for new counterexamples to what the tests state as rules"
+	@echo "make powercuts  cut the power 10,000 times under the journal (CUTS=n SEED=s)"
 	@echo "make check   format, lint, strict types and the rule of who may import whom"
 	@echo "make bench-checkpoint  how long a save holds up training, beside memcpy, torch.save and DCP"
 	@echo "make bench-data  tokens a second, beside a plain loop and a plain DataLoader"
@@ -39,6 +40,9 @@ test-long: setup  # whole runs in every variant; CI runs them too
 
 search: setup  # new counterexamples for the property tests, at random
 	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist worksteal tests/contract tests/keeping tests/monitors tests/orchestrator
+
+powercuts: setup  # CUTS=n SEED=s: power cuts under the real journal; nothing acknowledged may be lost
+	$(BIN)/python -m tests.powercut --cuts $(or $(CUTS),10000) --seed $(or $(SEED),1)
 
 check: setup
 	$(BIN)/ruff format --check .

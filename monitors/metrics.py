@@ -136,6 +136,7 @@ TABLE: tuple[Metric, ...] = (
     Metric("decisions_total", "counter", "Decisions by kind.", {"decision": DECISION_KINDS}),
     Metric("notifications_total", "counter", "Notifications.", {"level": ("info", "warning", "page")}),
     Metric("attempts_total", "counter", "Trainer processes that were released to run."),
+    Metric("attempt_starts_total", "counter", "Starts of attempts by way.", {"way": ("cold", "standby")}),
     Metric("attempt_exits_total", "counter", "Ends of attempts by cause.", {"cause": EXIT_CAUSES}),
     Metric("hangs_total", "counter", "Deadlines passed once and twice.", {"stage": ("suspected", "confirmed")}),
     Metric("lost_steps_total", "counter", "Updates that were done and then given up by a rollback or restart."),

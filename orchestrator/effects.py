@@ -35,12 +35,13 @@ from orchestrator.policy.decisions import (
 from orchestrator.policy.events import AttemptSpawned, Event
 from orchestrator.process.attempt import Attempt
 from orchestrator.process.child import SpawnSpec, oom_kills, spawn
+from orchestrator.process.standby import Standby
 from orchestrator.recovery.prune import prune, sweep
 from orchestrator.shipping import Shipper
 from orchestrator.store_work import Finished, StoreWorker
 from trainer.contract import fence
 from trainer.contract.commands import append_command
-from trainer.contract.config import RunConfig
+from trainer.contract.config import LaunchConfig, RunConfig
 from trainer.contract.manifest import parse_commit_id
 from trainer.contract.paths import RunPaths
 from trainer.contract.plan import ResumePlan
@@ -88,6 +89,7 @@ class Tools:
     metrics: Metrics
     nonce: str
     shipper: Shipper
+    standby: Standby | None = None
 
 
 class Effects:
@@ -198,9 +200,9 @@ class Effects:
         tools = self.tools
         replace_file(tools.paths.plan(plan.attempt), plan.model_dump_json(indent=1).encode())
         launch = tools.config.launch
-        env = {name: secret.get_secret_value() for name, secret in launch.env.items()}
         oom_before = oom_kills()
-        child = spawn(SpawnSpec(tools.paths, plan.attempt, launch.command, env, launch.threads))
+        child = spawn(spawn_spec(tools.paths, launch, plan.attempt), tools.standby)
+        tools.metrics.count("attempt_starts_total", "cold" if child.is_cold else "standby")
         identity = child.identity
         tools.journal.record_spawn(
             Spawned(plan.attempt, identity.pid, identity.boot_id, identity.starttime, time.time(), oom_before)
@@ -327,6 +329,12 @@ class Effects:
         if starting is not None and starting.id == decision and isinstance(starting.decision, StartAttempt):
             self.tools.shipper.claimed()
             self._spawn(starting, starting.decision.plan)
+
+
+def spawn_spec(paths: RunPaths, launch: LaunchConfig, attempt: int) -> SpawnSpec:
+    """What is started for an attempt."""
+    env = {name: secret.get_secret_value() for name, secret in launch.env.items()}
+    return SpawnSpec(paths, attempt, launch.command, env, launch.threads)
 
 
 def _tidy(store: Store, decision: PruneCheckpoints) -> None:

@@ -19,7 +19,7 @@ from monitors.exporter import Exporter, ExporterError
 from monitors.metrics import Metrics
 from orchestrator.control import Server
 from orchestrator.core import MakeCore, Setup, Update
-from orchestrator.effects import Effects, Tools
+from orchestrator.effects import Effects, Tools, spawn_spec
 from orchestrator.files import replace_file
 from orchestrator.frontdesk import FrontDesk, signal_pipe
 from orchestrator.journal import Batch, Folded, Journal, StoredDecision
@@ -39,6 +39,7 @@ from orchestrator.process.child import become_subreaper, reap_orphans
 from orchestrator.process.inbox import Bell, Inbox, keeper_number
 from orchestrator.process.keepers import Keepers
 from orchestrator.process.lock import RunLock, is_held
+from orchestrator.process.standby import Standby
 from orchestrator.shipping import MOVED, Shipper
 from orchestrator.store_work import StoreWorker
 from orchestrator.takeover import open_engine, take_over
@@ -111,9 +112,12 @@ class Supervisor:
         stack.callback(self._worker.close, _WORKER_ENDS_S)
         for source in (self._bell, self._worker):
             self._selector.register(source, selectors.EVENT_READ)
+        self._standby = self._new_standby(stack)
         nonce = self._journal.meta("nonce") or secrets.token_hex(16)
         self._shipper = Shipper(self._journal, paths)
-        tools = Tools(paths, setup.config, self._journal, setup.store, self._worker, metrics, nonce, self._shipper)
+        tools = Tools(
+            paths, setup.config, self._journal, setup.store, self._worker, metrics, nonce, self._shipper, self._standby
+        )
         self._journal.commit(Batch(meta={"nonce": nonce, "metrics_url": self._metrics_url or ""}))
         self._effects = Effects(tools)
         env = {name: secret.get_secret_value() for name, secret in setup.config.launch.env.items()}
@@ -122,6 +126,16 @@ class Supervisor:
             Inbox.of_keeper(paths, role, self._journal.cursor(keeper_number(role))) for role in KEEPER_ROLES
         ]
         stack.callback(self._let_go)
+
+    def _new_standby(self, stack: ExitStack) -> Standby | None:
+        """Nothing is started yet: the first attempt must not share its cores with a second start."""
+        setup = self._setup
+        if not setup.config.launch.standby or setup.config.launch.command is not None:
+            return None
+        spec = spawn_spec(setup.paths, setup.config.launch, 0)
+        standby = Standby(spec.environment(), setup.paths.standby_output)
+        stack.callback(standby.stop)
+        return standby
 
     def _serve(self, stack: ExitStack, metrics: Metrics) -> str | None:
         """The metrics' URL. A trainer that lives is rather supervised without metrics than not at all."""
@@ -290,6 +304,9 @@ class Supervisor:
     def _tick(self, now_s: float) -> list[Event]:
         planned_s, self._next_tick_s = self._next_tick_s, now_s + self._setup.tick_s
         reap_orphans()
+        attempt = self._effects.attempt
+        if self._standby is not None and attempt is not None and attempt.step > 0 and not attempt.is_leaving:
+            self._standby.keep(now_s)
         return [*self._look(now_s, planned_s), Ticked(at_s=time.time())]
 
     def _look(self, now_s: float, planned_s: float) -> list[Event]:

@@ -78,7 +78,7 @@ def tiny_config(corpus: Path, **changes: Any) -> dict[str, Any]:
         "deadlines": {"grace_s": 20, "orphan_s": 60},
         "monitor": {"details_every": 10},
         "metrics": {"port": None},
-        "launch": {"threads": 1},
+        "launch": {"threads": 1, "standby": False},  # two cores have enough to do; the standby has tests of its own
     }
     return config | changes
 

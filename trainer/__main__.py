@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.attempt import Attempt
 from trainer.contract.exit_codes import ExitCode
 from trainer.contract.paths import RunPaths
 
 RELEASE_FD = "LONGWATCH_RELEASE_FD"
+LOCK_FD = "LONGWATCH_LOCK_FD"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +40,12 @@ def is_released() -> bool:
         return len(pipe.read(1) or b"") == 1
 
 
-if __name__ == "__main__":
-    status = main()
+def leave(status: int) -> NoReturn:
+    """End the process: all is flushed and committed; tearing torch down costs a second, and can hang."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # all is flushed and committed; tearing torch down costs a second, and can hang
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    leave(main())

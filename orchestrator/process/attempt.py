@@ -71,6 +71,11 @@ class Attempt:
         """Its process, as long as that lives."""
         return self.child.identity.pid if self.child and self._status is None else None
 
+    @property
+    def is_leaving(self) -> bool:
+        """It is being stopped, or is dead."""
+        return self._kill_at_s is not None or self._status is not None
+
     # -- watching -------------------------------------------------------------------------------------------------
 
     def look(self, now_s: float, planned_s: float) -> watch.Judgement | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from orchestrator.errors import SpawnError
 from orchestrator.process.lock import holders, take_child_lock
+from orchestrator.process.standby import Standby
 from trainer.contract.paths import RunPaths
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -68,17 +69,28 @@ class SpawnSpec:
             return [*own, "--attempt", str(self.attempt)]
         return [_filled(word, values) for word in self.command]
 
-    def environment(self, release_fd: int, lock_fd: int) -> dict[str, str]:
-        """The child's environment: ours, what run.yaml adds, and the contract's variables."""
+    def environment(self) -> dict[str, str]:
+        """The child's environment: ours, what run.yaml adds, and the contract's variables but for the descriptors."""
         contract = {
             "PYTHONUNBUFFERED": "1",
             "LONGWATCH_RUN_DIR": str(self.paths.root),
             "LONGWATCH_ATTEMPT": str(self.attempt),
-            "LONGWATCH_RELEASE_FD": str(release_fd),
-            "LONGWATCH_LOCK_FD": str(lock_fd),
         }
         threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
-        return {**os.environ, **threads, **self.env, **contract}
+        own = _OF_OUR_TRAINER if self.command is None else {}
+        return {**os.environ, **own, **threads, **self.env, **contract}
+
+    def request(self) -> dict[str, object]:
+        """What the standby is asked for."""
+        return {"run_dir": str(self.paths.root), "attempt": self.attempt, "environment": self.environment()}
+
+
+#: Our trainer does no linear algebra in numpy, whose library would start a thread for each core as it loads.
+_OF_OUR_TRAINER = {"OPENBLAS_NUM_THREADS": "1"}
+
+
+def _descriptors(release_fd: int, lock_fd: int) -> dict[str, str]:
+    return {"LONGWATCH_RELEASE_FD": str(release_fd), "LONGWATCH_LOCK_FD": str(lock_fd)}
 
 
 def _filled(word: str, values: Mapping[str, str]) -> str:
@@ -98,13 +110,16 @@ class Child:
         pidfd: int,
         process: subprocess.Popen[bytes] | None = None,
         release_fd: int | None = None,
+        *,
+        forked: bool = False,
     ) -> None:
         self.paths = paths
         self.attempt = attempt
         self.identity = identity
         self.pidfd = pidfd
-        self.adopted = process is None
+        self.adopted = process is None and not forked
         self.sent: set[int] = set()
+        self.is_cold = not forked
         self._process = process
         self._release_fd = release_fd
 
@@ -157,9 +172,11 @@ class Child:
 
     def reap(self) -> ExitStatus:
         """How it ended; to be called once `pidfd` is readable. An adopted one is not ours to reap."""
-        if self._process is None:
+        if self.adopted:
             return ExitStatus()
-        code = self._process.wait()
+        code = self._process.wait() if self._process is not None else _wait_for(self.pidfd)
+        if code is None:
+            return ExitStatus()
         return ExitStatus(signum=-code) if code < 0 else ExitStatus(code=code)
 
     def close(self) -> None:
@@ -170,8 +187,19 @@ class Child:
         os.close(self.pidfd)
 
 
-def spawn(spec: SpawnSpec) -> Child:
-    """Start a process that waits on its release pipe.
+def _wait_for(pidfd: int) -> int | None:
+    """Exit code, or negative signal, of a dead process that was forked for us and has come to us as its subreaper."""
+    try:
+        found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except ChildProcessError:
+        return None
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+def spawn(spec: SpawnSpec, standby: Standby | None = None) -> Child:
+    """Start a process that waits on its release pipe: a fork of the standby if that is warm, a new one otherwise.
 
     Raises:
         ChildLockHeldError: a process of an earlier attempt still lives.
@@ -181,14 +209,19 @@ def spawn(spec: SpawnSpec) -> Child:
     release_read, release_write = os.pipe()
     output = os.open(spec.paths.output(spec.attempt), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        process = subprocess.Popen(
-            spec.argv(),
-            env=spec.environment(release_read, lock_fd),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=(lock_fd, release_read),
-            start_new_session=True,  # with pass_fds and without preexec_fn: no fork of our memory
+        forked = standby.fork(spec.request(), [release_read, lock_fd, output]) if standby is not None else None
+        process = (
+            None
+            if forked is not None
+            else subprocess.Popen(
+                spec.argv(),
+                env={**spec.environment(), **_descriptors(release_read, lock_fd)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(lock_fd, release_read),
+                start_new_session=True,  # with pass_fds and without preexec_fn: no fork of our memory
+            )
         )
     except (OSError, ValueError) as error:  # ValueError: a name or value that no environment can hold
         os.close(release_write)
@@ -196,9 +229,12 @@ def spawn(spec: SpawnSpec) -> Child:
     finally:
         for descriptor in (lock_fd, release_read, output):
             os.close(descriptor)
-    identity = identify(process.pid)
+    pid = process.pid if process is not None else forked
+    identity = identify(pid) if pid is not None else None
+    assert pid is not None
     assert identity is not None, "a child that was not reaped keeps its entry in /proc"
-    return Child(spec.paths, spec.attempt, identity, os.pidfd_open(process.pid), process, release_write)
+    pidfd = os.pidfd_open(pid)
+    return Child(spec.paths, spec.attempt, identity, pidfd, process, release_write, forked=process is None)
 
 
 def adopt(paths: RunPaths, attempt: int, identity: Identity) -> Child | None:

@@ -292,6 +292,7 @@ class LaunchConfig(Section):
     command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     env: dict[str, SecretStr] = Field(default_factory=dict)
     threads: int | None = Field(None, ge=1, description="CPU threads of the trainer; None: all cores")
+    standby: bool = Field(True, description="keep a warm process for a fast restart (some 350 MB); our trainer only")
 
 
 FaultKind = Literal[

@@ -101,6 +101,11 @@ class RunPaths:
         """Structured log of that role."""
         return self.root / "logs" / f"{role}.jsonl"
 
+    @property
+    def standby_output(self) -> Path:
+        """Standard output and error of the standby."""
+        return self.root / "logs" / "standby.out"
+
     def plan(self, attempt: int) -> Path:
         """The resume plan of an attempt."""
         return self.root / "plans" / f"attempt-{attempt}.json"
