@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-long search powercuts check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis
+.PHONY: help setup demo test test-long search powercuts check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis bench-restart
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-diagnosis  incidents named, beside published rules, and a page with every curve"
 	@echo "make bench-prevention  what each rung of the prevention ladder costs an update"
 	@echo "make bench-replay-diagnosis  causes named by replays of real runs with seeded faults"
+	@echo "make bench-restart  from a kill to the first new step, beside torchrun"
 	@echo "make format  put the sources in order"
 	@echo "make clean   remove the environment, caches and the demo's runs"
 
@@ -64,6 +65,9 @@ bench-prevention: setup
 
 bench-replay-diagnosis: setup
 	$(BIN)/python -m benchmarks.replay_diagnosis
+
+bench-restart: setup
+	$(BIN)/python -m benchmarks.restart
 
 format: setup
 	$(BIN)/ruff format .
