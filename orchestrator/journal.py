@@ -9,26 +9,33 @@ loads and plans. SQLite has no NaN: a NaN loss is NULL in its column, and in ful
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from monitors.records import StartedRecord, StepRecord
 from orchestrator.errors import (
-    JournalCorruptError,
-    JournalForeignError,
     JournalMissingError,
-    JournalVersionError,
     JournalWriteError,
 )
-from orchestrator.journal_sql import APPLICATION_ID, FIRST_UNSETTLED, FORGET, SCHEMA, SHIPPED_TABLES, SURVIVING, VERSION
+from orchestrator.journal_file import (
+    FIRST_UNSETTLED,
+    FORGET,
+    NEW_ATTEMPT,
+    SHIPPED_TABLES,
+    SURVIVING,
+    check_identity,
+    meaning,
+    num_tables,
+    prepare,
+)
 from orchestrator.policy.decisions import DECISIONS, Decision
 from orchestrator.policy.events import EVENTS, AttemptExited, Event, RecordReceived
 from orchestrator.process.filesystem import refuse_network_filesystem
 
-_CHECK_UP_TO_BYTES = 64 << 20  # quick_check reads the whole file; beyond this damage shows itself on reading
+T = TypeVar("T")
 _READ_WAIT_MS = 5000
 _KEEP_SNAPSHOTS = 2
 
@@ -96,6 +103,8 @@ class Journal:
         self._db = connection
         self._db.row_factory = sqlite3.Row
         self.path = path
+        #: Asked after a failed write; True: try again. It is what waits.
+        self.patience: Callable[[JournalWriteError], bool] = lambda _: False
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -106,13 +115,13 @@ class Journal:
             JournalError: it is damaged, foreign, or of a newer version.
         """
         refuse_network_filesystem(path.parent)
-        with _meaning(path):
+        with meaning(path):
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=True)
         try:
-            with _meaning(path):
+            with meaning(path):
                 path.chmod(0o600)
                 connection.execute(f"PRAGMA busy_timeout = {_READ_WAIT_MS}")
-                _prepare(connection, path)
+                prepare(connection, path)
         except BaseException:
             connection.close()
             raise
@@ -127,14 +136,14 @@ class Journal:
         """
         if not path.exists():
             raise JournalMissingError(path)
-        with _meaning(path):
+        with meaning(path):
             connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
         try:
-            with _meaning(path):
+            with meaning(path):
                 connection.execute(f"PRAGMA busy_timeout = {_READ_WAIT_MS}")
-                if not _num_tables(connection):
+                if not num_tables(connection):
                     raise JournalMissingError(path)  # a supervisor is just about to create it
-                _check_identity(connection, path)
+                check_identity(connection, path)
         except BaseException:
             connection.close()
             raise
@@ -148,6 +157,9 @@ class Journal:
 
     def commit(self, batch: Batch) -> list[StoredDecision]:
         """Make one batch durable and return its decisions, numbered, in order."""
+        return self._durably(lambda: self._batch(batch))
+
+    def _batch(self, batch: Batch) -> list[StoredDecision]:
         stored: list[StoredDecision] = []
         with self._transaction():
             for folded in batch.folded:
@@ -171,18 +183,25 @@ class Journal:
 
     def record_spawn(self, spawned: Spawned) -> None:
         """A process exists and waits for its release. Done again for the same attempt, the newer process counts."""
-        with self._transaction():
-            self._db.execute(
-                "INSERT OR REPLACE INTO attempts(attempt, pid, boot_id, starttime, spawned_at_s, oom_kills) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (spawned.attempt, spawned.pid, spawned.boot_id, spawned.starttime, spawned.at_s, spawned.oom_kills),
-            )
+        row = (spawned.attempt, spawned.pid, spawned.boot_id, spawned.starttime, spawned.at_s, spawned.oom_kills)
+        self._durably(lambda: self._write(NEW_ATTEMPT, row))
 
     def notify(self, stored: StoredDecision, at_s: float, level: str, title: str, text: str) -> None:
         """Write a notification down; the same decision again changes nothing."""
         row = (stored.id, at_s, level, title, text, stored.decision.incident)
+        self._durably(lambda: self._write("INSERT OR IGNORE INTO notifications VALUES (?, ?, ?, ?, ?, ?)", row))
+
+    def _durably(self, write: Callable[[], T]) -> T:
+        while True:
+            try:
+                return write()
+            except JournalWriteError as error:
+                if not self.patience(error):
+                    raise
+
+    def _write(self, statement: str, row: Sequence[object]) -> None:
         with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO notifications VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._db.execute(statement, row)
 
     def insert(self, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Put rows in as they are, over those of the same key: how a journal is built again from its segments.
@@ -355,46 +374,8 @@ class Journal:
 
     def select(self, query: str, *parameters: object) -> Iterator[sqlite3.Row]:
         """Rows of a reader's own query, one at a time."""
-        with _meaning(self.path):
+        with meaning(self.path):
             yield from self._db.execute(query, parameters)
 
     def _rows(self, query: str, *parameters: object) -> list[sqlite3.Row]:
         return list(self.select(query, *parameters))
-
-
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    tables = _num_tables(connection)
-    if tables:
-        _check_identity(connection, path)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    if not tables:
-        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
-    elif path.stat().st_size <= _CHECK_UP_TO_BYTES:
-        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise JournalCorruptError(path, str(verdict))
-
-
-def _num_tables(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
-
-
-def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
-    application = connection.execute("PRAGMA application_id").fetchone()[0]
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if application != APPLICATION_ID:
-        raise JournalForeignError(path)
-    if version != VERSION:
-        raise JournalVersionError(path, f"format {version}, this one knows {VERSION}")
-
-
-@contextmanager
-def _meaning(path: Path) -> Iterator[None]:
-    """Which of our errors an error of SQLite is, when opening and reading."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise JournalWriteError(path, str(error)) from error
-    except sqlite3.DatabaseError as error:
-        raise JournalCorruptError(path, str(error)) from error

@@ -23,6 +23,7 @@ from orchestrator.effects import Effects, Tools, spawn_spec
 from orchestrator.files import replace_file
 from orchestrator.frontdesk import FrontDesk, signal_pipe
 from orchestrator.journal import Batch, Folded, Journal, StoredDecision
+from orchestrator.patience import DiskPatience
 from orchestrator.policy.events import (
     AttemptExited,
     Event,
@@ -95,6 +96,7 @@ class Supervisor:
         paths.create()
         stack.enter_context(RunLock(paths.lock))
         self._journal = stack.enter_context(closing(Journal.open(paths.database)))
+        self._journal.patience = DiskPatience(setup.config.deadlines.orphan_s / 2)
         metrics = Metrics(setup.config.name, setup.config_digest[:12], setup.code_version)
         if setup.config.metrics.port is not None:
             self._metrics_url = self._serve(stack, metrics)

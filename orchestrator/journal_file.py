@@ -1,7 +1,15 @@
-"""The journal's tables, and the statements that are more than a line. SQLite."""
+"""The journal's file: its tables, the statements that are more than a line, and whether a file is a journal. SQLite."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from orchestrator.errors import JournalCorruptError, JournalForeignError, JournalVersionError, JournalWriteError
 
 APPLICATION_ID = 0x4C4E4757  # "LNGW"
 VERSION = 1
+CHECK_UP_TO_BYTES = 64 << 20  # quick_check reads the whole file; beyond this damage shows itself on reading
 #: What a replacement on another machine is given.
 SHIPPED_TABLES = ("events", "decisions", "attempts", "incidents", "notifications", "snapshots", "meta")
 
@@ -48,6 +56,51 @@ DELETE FROM events WHERE seq < ? AND kind IN ('record_received', 'ticked')
 AND COALESCE(json_extract(json, '$.record.kind'), '') NOT IN ('started', 'commit', 'plan_applied')
 """
 
+NEW_ATTEMPT = """
+INSERT OR REPLACE INTO attempts(attempt, pid, boot_id, starttime, spawned_at_s, oom_kills) VALUES (?, ?, ?, ?, ?, ?)
+"""
+
 FIRST_UNSETTLED = """
 SELECT COALESCE((SELECT MIN(id) FROM decisions WHERE status = 'pending'), MAX(id) + 1, 1) AS id FROM decisions
 """
+
+
+def prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Make the tables, or see that they are ours; every later commit is durable."""
+    tables = num_tables(connection)
+    if tables:
+        check_identity(connection, path)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    if not tables:
+        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+    elif path.stat().st_size <= CHECK_UP_TO_BYTES:
+        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise JournalCorruptError(path, str(verdict))
+
+
+def num_tables(connection: sqlite3.Connection) -> int:
+    """0 for a file that was only just created."""
+    return int(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+
+
+def check_identity(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse what is no journal, or one of another version."""
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if application != APPLICATION_ID:
+        raise JournalForeignError(path)
+    if version != VERSION:
+        raise JournalVersionError(path, f"format {version}, this one knows {VERSION}")
+
+
+@contextmanager
+def meaning(path: Path) -> Iterator[None]:
+    """Which of our errors an error of SQLite is, when opening and reading."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise JournalWriteError(path, str(error)) from error
+    except sqlite3.DatabaseError as error:
+        raise JournalCorruptError(path, str(error)) from error
