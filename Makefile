@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-long search powercuts check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis bench-restart
+.PHONY: help setup demo test test-long search powercuts chaos check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis bench-restart
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -11,6 +11,7 @@ help:
 	@echo "make test    run all tests but the longest, in under ten minutes on two cores"
 	@echo "make test-long  run those"
 	@echo "make search  look for new counterexamples to what the tests state as rules"
+	@echo "make chaos   disturb a run on real processes 500 times (CYCLES=n SEED=s)"
 	@echo "make powercuts  cut the power 10,000 times under the journal (CUTS=n SEED=s)"
 	@echo "make check   format, lint, strict types and the rule of who may import whom"
 	@echo "make bench-checkpoint  how long a save holds up training, beside memcpy, torch.save and DCP"
@@ -44,6 +45,9 @@ search: setup  # new counterexamples for the property tests, at random
 
 powercuts: setup  # CUTS=n SEED=s: power cuts under the real journal; nothing acknowledged may be lost
 	$(BIN)/python -m tests.powercut --cuts $(or $(CUTS),10000) --seed $(or $(SEED),1)
+
+chaos: setup  # CYCLES=n SEED=s: kill, stop and starve every process of a real run, over and over
+	$(BIN)/python -m tests.chaos --cycles $(or $(CYCLES),500) --seed $(or $(SEED),1)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -53,39 +53,62 @@ def free_ports(count: int) -> list[int]:
         return [int(each.getsockname()[1]) for each in sockets]
 
 
-@contextmanager
-def seaweedfs(directory: Path, more_keys: Mapping[str, str] | None = None) -> Iterator[S3Server]:
+class Weed:
     """A SeaweedFS server (one process: master, volume, filer, S3) with its data below `directory`.
 
-    `more_keys`: further access keys with their secrets, beside `ACCESS_KEY`.
+    `more_keys`: further access keys with their secrets, beside `ACCESS_KEY`. It can be killed and started again on the
+    same ports with the same data.
     """
-    data = directory / "data"
-    data.mkdir(parents=True)
-    keys = {ACCESS_KEY: SECRET_KEY, **(more_keys or {})}
-    identity = {
-        "name": "checkpoints",
-        "credentials": [{"accessKey": access, "secretKey": secret} for access, secret in keys.items()],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    config = directory / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
-    names = ("master", "master", "volume", "volume", "filer", "filer", "s3", "s3")
-    ports = free_ports(len(names))
-    flags = [f"-{n}.port{'.grpc' if i % 2 else ''}={p}" for i, (n, p) in enumerate(zip(names, ports, strict=True))]
-    command = [
-        str(Path(sys.executable).with_name("weed")), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={data}",
-        "-master.volumeSizeLimitMB=64", "-volume.max=50", "-filer", "-s3", f"-s3.config={config}",
-        "-s3.port.iceberg=0", "-s3.port.lance=0", *flags,
-    ]  # fmt: skip
-    with (directory / "weed.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory, start_new_session=True)
-        try:
-            endpoint_url = f"http://127.0.0.1:{ports[6]}"
-            _await_ready(endpoint_url, process, directory / "weed.log")
-            yield _with_bucket(endpoint_url, process.pid)
-        finally:
-            process.kill()  # asked politely it takes 10 s, and nothing of it is kept
-            process.wait(10)
+
+    def __init__(self, directory: Path, more_keys: Mapping[str, str] | None = None) -> None:
+        self._directory = directory
+        data = directory / "data"
+        data.mkdir(parents=True)
+        keys = {ACCESS_KEY: SECRET_KEY, **(more_keys or {})}
+        identity = {
+            "name": "checkpoints",
+            "credentials": [{"accessKey": access, "secretKey": secret} for access, secret in keys.items()],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        config = directory / "s3.json"
+        config.write_text(json.dumps({"identities": [identity]}))
+        names = ("master", "master", "volume", "volume", "filer", "filer", "s3", "s3")
+        ports = free_ports(len(names))
+        flags = [f"-{n}.port{'.grpc' if i % 2 else ''}={p}" for i, (n, p) in enumerate(zip(names, ports, strict=True))]
+        self._command = [
+            str(Path(sys.executable).with_name("weed")), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+            f"-dir={data}", "-master.volumeSizeLimitMB=64", "-volume.max=50", "-filer", "-s3", f"-s3.config={config}",
+            "-s3.port.iceberg=0", "-s3.port.lance=0", *flags,
+        ]  # fmt: skip
+        self.endpoint_url = f"http://127.0.0.1:{ports[6]}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        with (self._directory / "weed.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, cwd=self._directory, start_new_session=True
+            )
+        _await_ready(self.endpoint_url, self.process, self._directory / "weed.log")
+
+    def kill(self) -> None:
+        """End it: asked politely it takes 10 s, and what it has acknowledged is in its files."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(10)
+            self.process = None
+
+
+@contextmanager
+def seaweedfs(directory: Path, more_keys: Mapping[str, str] | None = None) -> Iterator[S3Server]:
+    """A `Weed` that runs while the block does, with one empty bucket."""
+    weed = Weed(directory, more_keys)
+    try:
+        weed.start()
+        assert weed.process is not None
+        yield with_bucket(weed.endpoint_url, weed.process.pid)
+    finally:
+        weed.kill()
 
 
 @contextmanager
@@ -97,7 +120,7 @@ def moto() -> Iterator[S3Server]:
     server.start()
     try:
         _, port = server.get_host_and_port()
-        yield _with_bucket(f"http://127.0.0.1:{port}", None)
+        yield with_bucket(f"http://127.0.0.1:{port}", None)
     finally:
         server.stop()
 
@@ -115,7 +138,8 @@ def client(endpoint_url: str):  # type: ignore[no-untyped-def]  # boto3 makes it
     )
 
 
-def _with_bucket(endpoint_url: str, pid: int | None) -> S3Server:
+def with_bucket(endpoint_url: str, pid: int | None) -> S3Server:
+    """Make the bucket, and wait until it takes writes."""
     os.environ[KEY_ENV], os.environ[SECRET_ENV] = ACCESS_KEY, SECRET_KEY
     deadline = monotonic() + _READY_S
     with closing(client(endpoint_url)) as s3:

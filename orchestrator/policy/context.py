@@ -50,6 +50,7 @@ class Context:
             skips=tuple(state.skips), quarantines=tuple(state.quarantines), overlays=tuple(state.overlays)
         )
         command = ApplyPlan(id=self.next_command(), update=update)
+        state.plans_sent[command.id] = (len(state.quarantines), len(state.overlays))
         self.decide(SendCommand(attempt=state.attempt, command=command, incident=incident))
 
     def open_incident(self, cls: IncidentClass, onset_step: int, detected_step: int, why: str) -> Incident:

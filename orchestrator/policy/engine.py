@@ -14,6 +14,7 @@ from monitors.records import (
     CommitFailedRecord,
     CommitRecord,
     EvalRecord,
+    PlanAppliedRecord,
     Record,
     SnapshotRecord,
     StartedRecord,
@@ -161,15 +162,21 @@ class Engine:
                 quarantined = tuple(quarantine.shard for quarantine in state.quarantines)
                 self._diagnosis.rewind(record.step, expect_same=self._same_expected(), quarantined=quarantined)
                 self._diagnosis.note_overlays(self._overlay_spans())
+            case PlanAppliedRecord() if not replaying:
+                health.on_plan_applied(ctx, record)
             case SnapshotRecord(next_steps=int() as steps):
                 state.save_every, state.save_because = steps, record.because
             case EvalRecord() if not replaying:
-                state.last_eval = (record.step, record.loss)
-                state.evals = [*state.evals[-63:], (record.step, record.loss)]
-                if record.command is not None and state.pending is None:
-                    on_evaluation(ctx, record.command, record.loss)
+                self._evaluated(ctx, record)
         if not replaying:
             self._observe(ctx, record)
+
+    def _evaluated(self, ctx: Context, record: EvalRecord) -> None:
+        state = self.state
+        state.last_eval = (record.step, record.loss)
+        state.evals = [*state.evals[-63:], (record.step, record.loss)]
+        if record.command is not None and state.pending is None:
+            on_evaluation(ctx, record.command, record.loss)
 
     def _observe(self, ctx: Context, record: Record) -> None:
         overlays = len(self.state.overlays)
@@ -239,10 +246,9 @@ class Engine:
             return
         since = stored[-1]
         silent = state.step - since
-        if silent < ctx.policy.guards.checkpoint_overdue_factor * every:
-            return
-        known = any(i.cls is IncidentClass.CHECKPOINT_OVERDUE and i.onset_step == since for i in state.incidents)
-        if not known:
+        overdue, told = silent >= ctx.policy.guards.checkpoint_overdue_factor * every, state.overdue_told
+        state.overdue_told = overdue
+        if overdue and not told:  # once an outage, also while what has gathered is on its way
             why = f"{silent} steps since the last checkpoint in the store, one is due every {every}"
             respond(ctx, ctx.open_incident(IncidentClass.CHECKPOINT_OVERDUE, since, state.step, why))
 

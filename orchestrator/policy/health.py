@@ -1,6 +1,6 @@
 """What becomes of checkpoints and recoveries as healthy steps pass: promotion, lineage, outcome. Pure."""
 
-from monitors.records import CommitFailedRecord, CommitRecord, StartedRecord, StepRecord
+from monitors.records import CommitFailedRecord, CommitRecord, PlanAppliedRecord, StartedRecord, StepRecord
 from monitors.taxonomy import TAINTING, IncidentClass
 from orchestrator.policy import budgets
 from orchestrator.policy.aftercare import judge_recoveries, keep_course
@@ -173,6 +173,9 @@ def on_started(ctx: Context, record: StartedRecord) -> None:
     state.history = [row for row in state.history if row.step <= record.step]
     if state.reanchoring:
         _reanchor(ctx, record, lost)
+    else:
+        _take_effect(ctx, (len(state.quarantines), len(state.overlays)), record.step, record.position)
+    state.plans_sent.clear()
     state.undelivered = None
     if state.never_back_from is not None and record.step < state.never_back_from:
         state.never_back_from = None
@@ -181,6 +184,26 @@ def on_started(ctx: Context, record: StartedRecord) -> None:
     state.peak_lr, state.precision = record.peak_lr, record.precision
     state.total_samples = record.total_samples
     state.shard_names, state.shard_samples = list(record.shards), list(record.shard_samples)
+
+
+def on_plan_applied(ctx: Context, record: PlanAppliedRecord) -> None:
+    """A running trainer obeys at its next boundary: what is new holds from there, whoever runs those steps again."""
+    counts = ctx.state.plans_sent.pop(record.command, None)
+    if counts is not None:
+        _take_effect(ctx, counts, record.step, record.position)
+
+
+def _take_effect(ctx: Context, counts: tuple[int, int], step: int, position: int) -> None:
+    state = ctx.state
+    quarantines, overlays = state.in_effect
+    state.quarantines[quarantines : counts[0]] = [
+        q.model_copy(update={"from_position": max(q.from_position, position)})
+        for q in state.quarantines[quarantines : counts[0]]
+    ]
+    state.overlays[overlays : counts[1]] = [
+        o.model_copy(update={"from_step": max(o.from_step, step + 1)}) for o in state.overlays[overlays : counts[1]]
+    ]
+    state.in_effect = (max(quarantines, counts[0]), max(overlays, counts[1]))
 
 
 def _settle_overtaken(ctx: Context, record: StartedRecord) -> None:
@@ -205,6 +228,7 @@ def _reanchor(ctx: Context, record: StartedRecord, lost: int) -> None:
         q.model_copy(update={"from_position": min(q.from_position, record.position)}) for q in state.quarantines
     ]
     state.overlays = [o.model_copy(update={"from_step": min(o.from_step, record.step + 1)}) for o in state.overlays]
+    state.in_effect = (len(state.quarantines), len(state.overlays))
 
 
 def _condemn(ctx: Context, commit_id: str, why: str) -> None:

@@ -220,12 +220,17 @@ class EngineState(_Mutable):
     skips: list[SkipRange] = Field(default_factory=list)
     quarantines: list[Quarantine] = Field(default_factory=list)
     overlays: list[Overlay] = Field(default_factory=list)
+    plans_sent: dict[int, tuple[int, int]] = Field(
+        default_factory=dict, description="command -> how many quarantines and overlays its plan has"
+    )
+    in_effect: tuple[int, int] = Field(default=(0, 0), description="quarantines and overlays that were ever applied")
     incidents: list[Incident] = Field(default_factory=list)
     ladders: dict[str, LadderPlace] = Field(default_factory=dict)
     pending: Recovery | None = None
     undelivered: Recovery | None = Field(default=None, description="a rollback whose state has not been loaded yet")
     stepped: bool = Field(default=False, description="the attempt has done a step")
     reanchoring: bool = Field(default=False, description="the attempt's plan re-anchors what began later")
+    overdue_told: bool = Field(default=False, description="that no checkpoint has reached the store for long")
     never_back_from: int | None = Field(default=None, description="onset of a damage that nobody has undone")
     replay: DiagnosisByReplay | None = None
     evaluations: dict[int, int] = Field(default_factory=dict, description="command id -> incident id")
