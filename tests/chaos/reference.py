@@ -46,7 +46,8 @@ def undisturbed(world: World, steps: int, root: Path) -> tuple[list[tuple[int, i
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=_WITHIN_S, check=False)
     assert done.returncode == 0, paths.output(1).read_text()[-3000:]
-    losses = {row["step"]: row["loss"] for row in map(json.loads, paths.records(1).open()) if row["kind"] == "step"}
+    rows = map(json.loads, paths.records(1).read_text().splitlines())
+    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
     return weights(store, f"{steps:012d}-e1-1"), losses
 
 
