@@ -37,8 +37,8 @@ RUN_STATES = ("starting", "running", "recovering", "stopped", "halted", "finishe
 #: The supervisor's vocabularies; a test holds them equal to its tables.
 EXIT_CAUSES = (
     "hang", "finished", "preempted", "left", "replay_done", "orphaned", "config", "data", "data_unreachable",
-    "checkpoint", "disk_full", "store", "cuda_oom", "host_oom", "nccl", "gpu", "native_crash", "killed", "user_error",
-    "host_lost", "error", "unknown",
+    "checkpoint", "disk_full", "store", "cuda_oom", "host_oom", "nccl", "gpu", "gpu_needs_reset", "native_crash",
+    "killed", "user_error", "host_lost", "error", "unknown",
 )  # fmt: skip
 DECISION_KINDS = (
     "start_attempt", "stop_attempt", "send_command", "write_verdict", "prune_checkpoints", "notify",
@@ -138,6 +138,10 @@ TABLE: tuple[Metric, ...] = (
     Metric("attempts_total", "counter", "Trainer processes that were released to run."),
     Metric("attempt_starts_total", "counter", "Starts of attempts by way.", {"way": ("cold", "standby")}),
     Metric("attempt_exits_total", "counter", "Ends of attempts by cause.", {"cause": EXIT_CAUSES}),
+    Metric(
+        "deadline_seconds", "gauge", "Silence after which a phase is suspected, as learned from this run.",
+        {"phase": ("train", "evaluate", "save")},
+    ),
     Metric("hangs_total", "counter", "Deadlines passed once and twice.", {"stage": ("suspected", "confirmed")}),
     Metric("lost_steps_total", "counter", "Updates that were done and then given up by a rollback or restart."),
     Metric("records_rejected_total", "counter", "Lines of a trainer that were no valid records."),

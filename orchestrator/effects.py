@@ -35,6 +35,7 @@ from orchestrator.policy.decisions import (
 from orchestrator.policy.events import AttemptSpawned, Event
 from orchestrator.process.attempt import Attempt
 from orchestrator.process.child import SpawnSpec, oom_kills, spawn
+from orchestrator.process.learned import Learned
 from orchestrator.process.standby import Standby
 from orchestrator.recovery.prune import prune, sweep
 from orchestrator.shipping import Shipper
@@ -90,6 +91,7 @@ class Tools:
     nonce: str
     shipper: Shipper
     standby: Standby | None = None
+    learned: Learned = field(default_factory=Learned)
 
 
 class Effects:
@@ -210,7 +212,13 @@ class Effects:
         child.release()
         self._starting = None
         self.attempt = Attempt(
-            tools.paths, plan.attempt, tools.config.deadlines, time.monotonic(), child, oom_kills_before=oom_before
+            tools.paths,
+            plan.attempt,
+            tools.config.deadlines,
+            time.monotonic(),
+            child,
+            oom_kills_before=oom_before,
+            learned=tools.learned,
         )
         tools.metrics.count("attempts_total")
         self.spawned(stored.id, plan.attempt, identity.pid)

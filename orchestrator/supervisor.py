@@ -101,7 +101,7 @@ class Supervisor:
         if setup.config.metrics.port is not None:
             self._metrics_url = self._serve(stack, metrics)
         self._core, totals = open_engine(self._journal, self._make_core)
-        self._telemetry = Telemetry(metrics)
+        self._telemetry = Telemetry(metrics, setup.config.deadlines)
         self._telemetry.restore(totals, self._core.incidents(), self._core.status().step)
         metrics.count("supervisor_starts_total")
         become_subreaper()
@@ -118,8 +118,9 @@ class Supervisor:
         nonce = self._journal.meta("nonce") or secrets.token_hex(16)
         self._shipper = Shipper(self._journal, paths)
         tools = Tools(
-            paths, setup.config, self._journal, setup.store, self._worker, metrics, nonce, self._shipper, self._standby
-        )
+            paths, setup.config, self._journal, setup.store, self._worker, metrics, nonce, self._shipper,
+            self._standby, self._telemetry.learned,
+        )  # fmt: skip
         self._journal.commit(Batch(meta={"nonce": nonce, "metrics_url": self._metrics_url or ""}))
         self._effects = Effects(tools)
         env = {name: secret.get_secret_value() for name, secret in setup.config.launch.env.items()}
@@ -292,7 +293,7 @@ class Supervisor:
             rejected = inbox.rejected
             while records := inbox.poll():
                 for record in records:
-                    self._telemetry.metrics.observe(record)
+                    self._telemetry.observe(record)
                     events.append(RecordReceived(at_s=time.time(), record=record))
                 if not everything:
                     break

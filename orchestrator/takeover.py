@@ -6,12 +6,14 @@ on a pipe whose other end is dead, and is started again under the same number.
 
 import json
 import select
+import sqlite3
 import time
 from dataclasses import dataclass
 
 import structlog
 from pydantic import ValidationError
 
+from monitors.records import StepRecord
 from orchestrator.core import Core, MakeCore
 from orchestrator.effects import Effects
 from orchestrator.errors import ChildLockHeldError, SnapshotUnusableError
@@ -25,6 +27,7 @@ from trainer.contract.paths import RunPaths
 
 _DIES_WITHIN_S = 10.0
 _POLL_S = 0.02
+_LEARNED_FROM_STEPS = 500  # so an adopted trainer is not watched by the configured deadlines alone
 _LOG = structlog.get_logger(__name__)
 
 
@@ -56,6 +59,7 @@ def open_engine(journal: Journal, make_core: MakeCore) -> tuple[Core, dict[str, 
 def take_over(journal: Journal, effects: Effects, paths: RunPaths, deadlines: DeadlinesConfig) -> Taken:
     """Settle what no longer applies, adopt what lives, and return what is to be done."""
     pending = _still_valid(journal.pending(), effects)
+    effects.tools.learned.observe_all(StepRecord.model_validate_json(step["record"]) for step in _newest(journal))
     row = journal.last_attempt()
     if row is None or row["ended_at_s"] is not None:
         _wait_for_unjournaled(paths)
@@ -82,8 +86,13 @@ def take_over(journal: Journal, effects: Effects, paths: RunPaths, deadlines: De
         oom_kills_before=row["oom_kills"],
         hang_confirmed=journal.hang_confirmed(number),
         host_lost=identity.boot_id != boot_id(),
+        learned=effects.tools.learned,
     )
     return Taken(attempt, pending)
+
+
+def _newest(journal: Journal) -> list[sqlite3.Row]:
+    return list(journal.select("SELECT record FROM steps ORDER BY rowid DESC LIMIT ?", _LEARNED_FROM_STEPS))
 
 
 def _still_valid(pending: list[StoredDecision], effects: Effects) -> list[StoredDecision]:

@@ -4,17 +4,25 @@ import json
 import time
 
 from monitors.metrics import Metrics, RunGauges
+from monitors.records import Record
 from orchestrator.journal import StoredDecision
 from orchestrator.policy.state import Incident, RunStatus
+from orchestrator.process.learned import Learned
+from orchestrator.process.watch import deadline_s
+from trainer.contract.config import DeadlinesConfig
+from trainer.contract.liveness import Phase
 
+_LEARNED_PHASES = (Phase.TRAIN, Phase.EVALUATE, Phase.SAVE)
 _MAY_CHANGE = 64  # the newest incidents; the engine looks at no older ones either
 
 
 class Telemetry:
     """Remembers what was counted already. `metrics` is what Prometheus reads."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, deadlines: DeadlinesConfig) -> None:
         self.metrics = metrics
+        self.learned = Learned()
+        self._deadlines = deadlines
         self._incidents: dict[int, str] = {}
         self._actions: dict[int, int] = {}
 
@@ -24,6 +32,11 @@ class Telemetry:
         for incident in incidents:
             self._incidents[incident.id] = _text(incident)
             self._actions[incident.id] = len(incident.decision)
+
+    def observe(self, record: Record) -> None:
+        """A record came in."""
+        self.metrics.observe(record)
+        self.learned.observe(record)
 
     def totals(self) -> str:
         """All counters as JSON."""
@@ -51,6 +64,8 @@ class Telemetry:
 
     def show(self, status: RunStatus, *, trainer_up: bool) -> None:
         """Bring the gauges up to date."""
+        for phase in _LEARNED_PHASES:
+            self.metrics.set("deadline_seconds", deadline_s(self._deadlines, phase, learned=self.learned), phase)
         self.metrics.show(
             RunGauges(
                 state=status.state,

@@ -227,7 +227,7 @@ class Engine:
         state = self.state
         if state.phase not in ("halted", "budget_used_up"):
             return
-        state.attempts_without_progress = 0
+        state.attempts_without_progress, state.last_failure = 0, None
         state.restarts_at_s.clear()
         state.rollbacks_used = 0
         state.warm_up_rollbacks = 0

@@ -180,6 +180,7 @@ def on_started(ctx: Context, record: StartedRecord) -> None:
     if state.never_back_from is not None and record.step < state.never_back_from:
         state.never_back_from = None
     state.step, state.position, state.tokens = record.step, record.position, record.tokens
+    state.loaded_step = record.step
     state.unhealthy_until_step = min(state.unhealthy_until_step, record.step)
     state.peak_lr, state.precision = record.peak_lr, record.precision
     state.total_samples = record.total_samples

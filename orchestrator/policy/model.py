@@ -122,8 +122,8 @@ _Item = Annotated[
 
 
 CauseOfDeath = Literal[
-    "killed", "host_oom", "cuda_oom", "gpu", "nccl", "native_crash", "disk_full", "store", "checkpoint", "config",
-    "user_error", "host_lost", "error", "unknown", "data", "data_unreachable",
+    "killed", "host_oom", "cuda_oom", "gpu", "nccl", "gpu_needs_reset", "native_crash", "disk_full", "store",
+    "checkpoint", "config", "user_error", "host_lost", "error", "unknown", "data", "data_unreachable",
 ]  # fmt: skip
 """Causes of an ended attempt that make it a crash, the last two a data error; the table is in
 orchestrator/process/causes.py."""

@@ -184,6 +184,14 @@ class DiagnosisByReplay(_Mutable):
     runs: list[dict[int, ReplayRow]] = Field(default_factory=list)
 
 
+class Failure(_Mutable):
+    """How an attempt failed, by which the same failure is known again."""
+
+    signature: str
+    step: int
+    loaded_step: int | None
+
+
 class EngineState(_Mutable):
     """The whole memory of a run."""
 
@@ -238,6 +246,8 @@ class EngineState(_Mutable):
     history: list[HistoryRow] = Field(default_factory=list, description="the newest surviving steps")
     next_command: int = 1
     attempts_without_progress: int = 0
+    loaded_step: int | None = Field(default=None, description="of the attempt, once it has loaded")
+    last_failure: Failure | None = None
     idle_departures: int = Field(default=0, description="attempts in a row that left by themselves without one step")
     outages: int = Field(default=0, description="attempts in a row that ended because the data was away")
     restarts_at_s: list[float] = Field(default_factory=list)

@@ -13,6 +13,8 @@ import structlog
 from orchestrator.process import watch
 from orchestrator.process.causes import Cause, Evidence, classify, output_tail, read_exit_file
 from orchestrator.process.child import Child, ExitStatus, Usage, kill_leftovers, oom_kills
+from orchestrator.process.kernel import xids_since
+from orchestrator.process.learned import Learned
 from orchestrator.process.lock import holders, is_free
 from trainer.contract.commands import Leave, append_command
 from trainer.contract.config import DeadlinesConfig
@@ -49,15 +51,18 @@ class Attempt:
         oom_kills_before: int | None = None,
         hang_confirmed: bool = False,
         host_lost: bool = False,
+        learned: Learned | None = None,
     ) -> None:
         self.number = number
         self.child = child
         self.step = 0
         self.hang_confirmed = hang_confirmed
         self._host_lost = host_lost
+        self._learned = learned
         self._paths = paths
         self._deadlines = deadlines
         self._watched = watch.begin(now_s)
+        self._begun_s = now_s
         self._oom_before = oom_kills_before
         self._kill_at_s: float | None = None
         self._stacks_asked = False
@@ -83,9 +88,10 @@ class Attempt:
         if self.child is None or self._status is not None or self._kill_at_s is not None:
             return None
         page = read_liveness(self._paths.liveness(self.number))
-        usage: Usage | None = self.child.usage() if self._may_need_witness(now_s) else None
-        reading = watch.Reading(now_s, planned_s, page, usage)
-        self._watched, judgement = watch.judge(self._deadlines, self._watched, reading)
+        silent = self._may_need_witness(now_s)
+        usage: Usage | None = self.child.usage() if silent else None
+        reading = watch.Reading(now_s, planned_s, page, usage, stopped=silent and self.child.is_stopped())
+        self._watched, judgement = watch.judge(self._deadlines, self._watched, reading, self._learned)
         self.step = max(self.step, judgement.step)
         self.hang_confirmed = self.hang_confirmed or judgement.verdict == "confirmed"
         return judgement
@@ -174,6 +180,7 @@ class Attempt:
                 host_lost=self._host_lost,
                 error=said.error if said else None,
                 oom_kills=risen,
+                xids=xids_since(self._begun_s),
                 tail=output_tail(self._paths.output(self.number)),
                 step=self.step,
             )

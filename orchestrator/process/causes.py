@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from orchestrator.process.kernel import NEEDS_RESET
 from trainer.contract.exit_codes import ExitCode
 
 _TAIL_BYTES = 16384
@@ -49,6 +50,7 @@ class Evidence:
     host_lost: bool = False
     error: ErrorFacts | None = None
     oom_kills: int = 0
+    xids: tuple[int, ...] = ()
     tail: str = ""
     step: int = 0
 
@@ -104,6 +106,7 @@ _GPU = re.compile(
     r"NVRM: Xid|uncorrectable (?:NVLink|ECC)|unspecified launch failure|illegal memory access|device-side assert"
     r"|CUDA error:|CUDA driver error|CUBLAS_STATUS|CUDNN_STATUS|fell off the bus|no CUDA-capable device"
 )
+_XID = re.compile(r"NVRM: Xid \([^)]*\): (\d+)")
 _USER_TYPES = frozenset(
     {"ImportError", "ModuleNotFoundError", "TypeError", "AttributeError", "KeyError", "NameError", "SyntaxError",
      "IndentationError"}
@@ -126,6 +129,11 @@ def _host_oom(evidence: Evidence) -> bool:
     return killed or evidence.says(_HOST_OOM)
 
 
+def _needs_reset(evidence: Evidence) -> bool:
+    said = (int(number) for number in _XID.findall(evidence.text))
+    return any(xid in NEEDS_RESET for xid in (*evidence.xids, *said))
+
+
 TABLE: tuple[Row, ...] = (
     Row("hang", _hung, "we killed it after its deadline had passed twice"),
     Row("finished", _coded(ExitCode.FINISHED), "exit 0"),
@@ -143,7 +151,8 @@ TABLE: tuple[Row, ...] = (
     Row("cuda_oom", lambda e: e.says(_CUDA_OOM), "torch's allocator message"),
     Row("host_oom", _host_oom, "SIGKILL not ours and the kernel's oom_kill counter rose, or malloc failed"),
     Row("nccl", lambda e: e.says(_NCCL), "NCCL watchdog, error names of nccl.h"),
-    Row("gpu", lambda e: e.says(_GPU), "Xid, ECC, CUDA runtime error texts"),
+    Row("gpu_needs_reset", _needs_reset, "an Xid after which only a reset or reboot helps"),
+    Row("gpu", lambda e: bool(e.xids) or e.says(_GPU), "Xid, ECC, CUDA runtime error texts"),
     Row("native_crash", lambda e: e.signum in _NATIVE, "SIGSEGV, SIGABRT, ...: a fault in native code"),
     Row("killed", lambda e: e.signum is not None, "another signal; the detail says whose"),
     Row("user_error", lambda e: e.step == 0 and e.error_type in _USER_TYPES, "a programming error before step 1"),

@@ -164,6 +164,11 @@ class Child:
             return None
         return Usage(sum(reading.cpu_s for reading in known), sum(reading.io_bytes for reading in known))
 
+    def is_stopped(self) -> bool:
+        """Whether a signal or a debugger holds it."""
+        stat = _stat(self.identity.pid)
+        return stat is not None and stat[0] in ("T", "t")
+
     def ended(self) -> bool:
         """Whether the process itself is dead."""
         poller = select.poll()

@@ -3,8 +3,9 @@
 Silence is the time since the main loop last wrote its page. Beyond its phase's deadline it is suspected, and evidence
 is captured; beyond twice the deadline it is confirmed, unless a second witness speaks for it: in phases in which a
 single long operation is normal, processor time or bytes moved. In training and evaluation there is no such excuse: a
-collective that hangs spins at full load (research: BLOOM's evaluation hung for hours at 100 %). Time in which this
-supervisor itself stood still is not counted, since both were probably stopped. Seconds, CLOCK_MONOTONIC.
+collective that hangs spins at full load (research: BLOOM's evaluation hung for hours at 100 %). A process that a signal
+has stopped is suspected, and killed only at four times its deadline. Time in which this supervisor itself stood still
+is not counted, since both were probably stopped. Seconds, CLOCK_MONOTONIC.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from orchestrator.process.child import Usage
+from orchestrator.process.learned import Learned
 from trainer.contract.config import DeadlinesConfig
 from trainer.contract.liveness import Liveness, Phase
 
@@ -34,6 +36,7 @@ class Reading:
     planned_s: float
     page: Liveness | None
     usage: Usage | None
+    stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +68,8 @@ def begin(now_s: float) -> Watched:
     return Watched(looked_s=now_s, since_s=now_s)
 
 
-def deadline_s(deadlines: DeadlinesConfig, phase: Phase, hint_s: float = 0.0) -> float:
-    """Longest silence of a phase; a hint may stretch it, not without bound."""
+def deadline_s(deadlines: DeadlinesConfig, phase: Phase, hint_s: float = 0.0, learned: Learned | None = None) -> float:
+    """Longest silence of a phase, perhaps as this run has shown it; a hint may stretch it, not without bound."""
     limits: Mapping[Phase, float] = {
         Phase.SPAWN: deadlines.spawn,
         Phase.IMPORT: deadlines.import_,
@@ -78,14 +81,17 @@ def deadline_s(deadlines: DeadlinesConfig, phase: Phase, hint_s: float = 0.0) ->
         Phase.SAVE: deadlines.save,
         Phase.LEAVE: deadlines.leave,
     }
-    return max(limits[phase], min(hint_s, _HINT_UP_TO * limits[phase]))
+    limit_s = learned.limit_s(deadlines, phase, limits[phase]) if learned is not None else limits[phase]
+    return max(limit_s, min(hint_s, _HINT_UP_TO * limits[phase]))
 
 
-def judge(deadlines: DeadlinesConfig, before: Watched, reading: Reading) -> tuple[Watched, Judgement]:
+def judge(
+    deadlines: DeadlinesConfig, before: Watched, reading: Reading, learned: Learned | None = None
+) -> tuple[Watched, Judgement]:
     """One look: what is remembered from now on, and the verdict."""
     page = reading.page
     phase = page.phase if page else Phase.SPAWN
-    limit_s = deadline_s(deadlines, phase, page.deadline_hint_s if page else 0.0)
+    limit_s = deadline_s(deadlines, phase, page.deadline_hint_s if page else 0.0, learned)
     current = _brought_up_to(before, reading)
     silent_s = max(0.0, reading.now_s - current.since_s - current.excused_s)
     verdict: Verdict = "healthy"
@@ -94,7 +100,7 @@ def judge(deadlines: DeadlinesConfig, before: Watched, reading: Reading) -> tupl
         if current.verdict == "confirmed" or (
             current.verdict == "suspected"  # never at the first look: evidence is captured before anything is killed
             and silent_s > 2 * limit_s
-            and not _excused(current, reading.now_s, phase, limit_s, silent_s)
+            and not _excused(current, reading, phase, limit_s, silent_s)
         ):
             verdict = "confirmed"
     changed = verdict not in ("healthy", current.verdict)
@@ -132,7 +138,11 @@ def _is_busy(before: Watched, reading: Reading) -> bool:
     return cpu_share >= _BUSY_SHARE or bytes_per_s >= _BUSY_BYTES_PER_S
 
 
-def _excused(current: Watched, now_s: float, phase: Phase, limit_s: float, silent_s: float) -> bool:
-    if phase not in EXCUSABLE or silent_s > _EXCUSED_UP_TO * limit_s or current.busy_s is None:
+def _excused(current: Watched, reading: Reading, phase: Phase, limit_s: float, silent_s: float) -> bool:
+    if silent_s > _EXCUSED_UP_TO * limit_s:
         return False
-    return now_s - current.busy_s <= limit_s / 2
+    if reading.stopped:  # by a signal or a debugger: whoever did it will want it back
+        return True
+    if phase not in EXCUSABLE or current.busy_s is None:
+        return False
+    return reading.now_s - current.busy_s <= limit_s / 2

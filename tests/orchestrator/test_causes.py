@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.process.causes import CAUSES, TABLE, ErrorFacts, Evidence, classify, output_tail, read_exit_file
+from orchestrator.process.kernel import xids_of
 
 _ECC = "RuntimeError: CUDA error: uncorrectable ECC error encountered"
 _NCCL = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)"
@@ -33,7 +34,9 @@ EXAMPLES: list[tuple[str, Evidence]] = [
     ("host_oom", Evidence(code=1, tail="MemoryError")),
     ("nccl", Evidence(signum=signal.SIGABRT, tail=_NCCL)),
     ("gpu", Evidence(code=1, tail=_ECC)),
-    ("gpu", Evidence(signum=signal.SIGABRT, tail="NVRM: Xid (PCI:0000:01:00): 79, GPU has fallen off the bus")),
+    ("gpu_needs_reset", Evidence(signum=signal.SIGABRT, tail="NVRM: Xid (PCI:0000:01:00): 79, off the bus")),
+    ("gpu_needs_reset", Evidence(signum=signal.SIGKILL, xids=(13, 95))),
+    ("gpu", Evidence(signum=signal.SIGABRT, xids=(31,))),
     ("native_crash", Evidence(signum=signal.SIGSEGV)),
     ("native_crash", Evidence(signum=signal.SIGABRT)),
     ("killed", Evidence(signum=signal.SIGKILL)),
@@ -105,3 +108,16 @@ def test_only_the_end_of_the_output_is_read(tmp_path: Path) -> None:
     assert tail.endswith("end\n")
     assert "CUDA" not in tail
     assert output_tail(tmp_path / "none") == ""
+
+
+def test_xids_are_read_from_the_kernels_records() -> None:
+    """Only those of the driver, and only from a moment on."""
+    lines = (
+        "4,1200,900000,-;NVRM: Xid (PCI:0000:65:00): 79, pid=1, GPU has fallen off the bus.\n"
+        "6,1201,1500000,-;usb 1-1: new device\n"
+        "4,1202,2000000,-;NVRM: Xid (PCI:0000:65:00): 31, pid=77, name=python, MMU fault\n"
+        " SUBSYSTEM=pci\n"
+    )
+    assert xids_of(lines, 0) == (79, 31)
+    assert xids_of(lines, 1_000_000) == (31,)
+    assert xids_of("", 0) == ()

@@ -261,6 +261,10 @@ class DeadlinesConfig(Section):
     leave: float = Field(1800, gt=0)
     grace_s: float = Field(120, gt=0, description="from SIGTERM to SIGKILL")
     orphan_s: float = Field(1800, gt=0, description="a trainer without a supervisor saves and leaves after this")
+    learn_factor: float | None = Field(
+        5.0, gt=1, description="train, evaluate and save: so many times the 99th percentile seen, if that is less"
+    )
+    learn_floor_s: float = Field(60.0, gt=0, description="but never less than this")
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -360,4 +364,22 @@ class RunConfig(Section):
     def _warm_up_fits(self) -> Self:
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} is more than steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _time_outs_in_order(self) -> Self:
+        """What is waited for must be over before whoever waits is taken for hung, or killed."""
+        deadlines = self.deadlines
+        ordered = (
+            ("data.timeout_s", self.data.timeout_s, "half of deadlines.train", deadlines.train / 2),
+            ("checkpoint.patience_s", self.checkpoint.patience_s, "deadlines.save", deadlines.save),
+            ("store.timeout_s", self.store.timeout_s, "deadlines.save", deadlines.save),
+            ("deadlines.grace_s", deadlines.grace_s, "deadlines.orphan_s", deadlines.orphan_s),
+        )
+        for shorter, short_s, longer, long_s in ordered:
+            if short_s > long_s:
+                raise ValueError(
+                    f"{shorter} ({short_s:g} s) must not be longer than {longer} ({long_s:g} s): what waits so long "
+                    f"would be ended before; lower {shorter} or raise {longer.rpartition(' ')[2]}"
+                )
         return self
