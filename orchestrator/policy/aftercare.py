@@ -5,6 +5,7 @@ from statistics import median
 
 from monitors.window import MAD_TO_SIGMA
 from orchestrator.policy.context import Context
+from orchestrator.policy.rows import each_step
 from orchestrator.policy.state import Course, Incident
 from trainer.contract.plan import overlay_factor
 
@@ -36,7 +37,7 @@ def judge_recoveries(ctx: Context) -> None:
 
 def keep_course(ctx: Context, incident: Incident, loaded_step: int) -> None:
     """Before a rollback's steps leave the lineage: their losses up to the onset are what it will be held against."""
-    healthy = (row for row in ctx.state.history if loaded_step < row.step <= incident.onset_step - _LEAD)
+    healthy = each_step(ctx.state.history, loaded_step, incident.onset_step - _LEAD)
     ctx.state.courses[incident.id] = {row.step: row.loss for row in healthy if math.isfinite(row.loss)}
     while len(ctx.state.courses) > _MOST_COURSES:
         del ctx.state.courses[min(ctx.state.courses)]
@@ -49,7 +50,8 @@ def _course(ctx: Context, incident: Incident) -> Course | None:
     of the policy, and the noise of two medians.
     """
     before = ctx.state.courses.pop(incident.id, {})
-    after = [row.loss for row in ctx.state.history if row.step in before and math.isfinite(row.loss)]
+    rerun = each_step(ctx.state.history, min(before, default=0) - 1, max(before, default=0))
+    after = [row.loss for row in rerun if row.step in before and math.isfinite(row.loss)]
     if len(after) < _LEAST_ROWS:
         return None
     middle = median(before.values())

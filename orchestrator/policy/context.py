@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from monitors.taxonomy import TAINTING, Finding, IncidentClass
 from orchestrator.policy.decisions import Decision, Notify, SendCommand
 from orchestrator.policy.model import Policy
+from orchestrator.policy.rows import end_of
 from orchestrator.policy.state import EngineState, Incident, RunFacts
 from trainer.contract.commands import ApplyPlan
 from trainer.contract.plan import PlanUpdate
@@ -95,7 +96,7 @@ class Context:
         state = self.state
         if step >= state.step:
             return state.position + (step - state.step) * self.facts.batch_samples
-        recorded = next((row.end for row in reversed(state.history) if row.step == step), None)
+        recorded = end_of(state.history, step)
         if recorded is not None:
             return recorded
         later = [c for c in state.commits if c.step >= step]

@@ -14,6 +14,7 @@ from typing import Literal
 
 from monitors.window import MAD_TO_SIGMA
 from orchestrator.policy.model import Diagnose
+from orchestrator.policy.rows import HISTORY_STEPS, each_step
 from orchestrator.policy.state import (
     Commit,
     DiagnosisByReplay,
@@ -49,8 +50,9 @@ def begin(
 ) -> DiagnosisByReplay:
     """Plan the replays from the first candidate to the detection."""
     target = candidates[0]
-    recorded = {row.step: _replayed(row) for row in state.history if row.step > target.step}
-    healthy = [row.loss for row in state.history if row.step < incident.onset_step and _is_sound(row)][-_HEALTHY_ROWS:]
+    recorded = {row.step: _replayed(row) for row in each_step(state.history, after=target.step)}
+    before = each_step(state.history, incident.onset_step - HISTORY_STEPS, incident.onset_step - 1)
+    healthy = [row.loss for row in before if _is_sound(row)][-_HEALTHY_ROWS:]
     size = suspect[1] - suspect[0]
     control = (suspect[0] - size, suspect[0])
     level = median(healthy) if healthy else None

@@ -5,6 +5,7 @@ shell journals what goes in and what comes out, and carries decisions out (DESIG
 checker prove that every event is handled.
 """
 
+from collections.abc import Iterable
 from typing import Literal, assert_never
 
 from pydantic import BaseModel, ConfigDict
@@ -19,8 +20,8 @@ from monitors.records import (
     StartedRecord,
     StepRecord,
 )
-from monitors.taxonomy import IncidentClass
-from orchestrator.policy import attempts, diagnose, health
+from monitors.taxonomy import Finding, IncidentClass
+from orchestrator.policy import attempts, diagnose, health, stretch
 from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import CaptureEvidence, Decision, EndRun, SendCommand, StopAttempt
 from orchestrator.policy.events import (
@@ -29,11 +30,13 @@ from orchestrator.policy.events import (
     CheckpointRequested,
     CheckpointsPruned,
     Event,
+    FindingMade,
     HangConfirmed,
     HangSuspected,
     RecordReceived,
     ResumeRequested,
     RunOpened,
+    StepsPassed,
     StopRequested,
     Ticked,
 )
@@ -71,6 +74,11 @@ class Engine:
                 self._opened(ctx, event)
             case RecordReceived():
                 self._record(ctx, event.record)
+            case StepsPassed():
+                self._steps(ctx, event)
+            case FindingMade():
+                if event.attempt == self.state.attempt and self.state.replay is None:
+                    self._found(ctx, [event.finding])
             case AttemptSpawned():
                 self.state.spawned = event.attempt == self.state.attempt
             case AttemptExited():
@@ -150,8 +158,7 @@ class Engine:
                     diagnose.on_replay_step(state, record.step, row)
                     return
                 health.on_step(ctx, record)
-                expire_evaluations(ctx)
-                self._overdue(ctx)
+                self._after_step(ctx)
             case StartedRecord():
                 if replaying and state.replay is not None:
                     state.replay.runs.append({})
@@ -171,9 +178,26 @@ class Engine:
         if not replaying:
             self._observe(ctx, record)
 
+    def _steps(self, ctx: Context, event: StepsPassed) -> None:
+        state = self.state
+        if event.attempt != state.attempt:
+            for save in event.saves:
+                health.on_save_ended(ctx, save)
+        elif event.replay or (state.replay is not None and state.pending is None):
+            stretch.replay_steps(ctx, event)
+        else:
+            stretch.pass_steps(ctx, event, lambda: self._after_step(ctx))
+
+    def _after_step(self, ctx: Context) -> None:
+        expire_evaluations(ctx)
+        self._overdue(ctx)
+
     def _observe(self, ctx: Context, record: Record) -> None:
+        self._found(ctx, self._diagnosis.observe(record))
+
+    def _found(self, ctx: Context, findings: Iterable[Finding]) -> None:
         overlays = len(self.state.overlays)
-        for finding in self._diagnosis.observe(record):
+        for finding in findings:
             if self.state.pending is None:  # what comes after the decision to leave belongs to a dead branch
                 on_finding(ctx, finding)
         if len(self.state.overlays) != overlays:
