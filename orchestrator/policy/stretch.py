@@ -23,11 +23,8 @@ def pass_steps(ctx: Context, event: StepsPassed, look: Callable[[], None]) -> No
     saves = list(event.saves)
     state.last_loss, state.last_lr = event.loss, event.lr
     while state.step < event.step:
-        upto = min(
-            (step for step in _due_steps(ctx) if step > state.step),
-            default=event.step,
-        )
-        upto = min(upto, event.step, *(save.step for save in saves[:1] if save.step > state.step))
+        due = (step for step in (*_due_steps(ctx), *(save.step for save in saves[:1])) if step > state.step)
+        upto = min((*due, event.step)) if state.step >= event.first_step else event.first_step
         count = upto - state.step
         state.tokens += count * event.tokens
         state.trained_s += count * event.step_s
@@ -57,7 +54,6 @@ def _due_steps(ctx: Context) -> Iterator[int]:
     """Steps at which something may fall due, past ones among them."""
     state, facts = ctx.state, ctx.facts
     unhealthy = state.unhealthy_until_step
-    yield state.step + 1  # the first step of a stretch ends what its start alone has decided
     for commit in state.commits:
         if commit.standing == "committed" and not commit.tainted:
             yield max(commit.step, unhealthy) + facts.good_after_steps

@@ -2,12 +2,12 @@
 
 from typing import Any, Literal
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from monitors.records import CommitRecord, DataRange, EvalRecord, StartedRecord, StepRecord, StepTime
 from monitors.settings import DetectSettings
-from monitors.taxonomy import Finding, IncidentClass
+from monitors.taxonomy import Evidence, Finding, IncidentClass
 from orchestrator.policy.decisions import Decision, SendCommand, StartAttempt
 from orchestrator.policy.engine import Engine
 from orchestrator.policy.events import (
@@ -135,7 +135,8 @@ class _Run:
         self.key += kind == "suspected" or not self.key
         onset = max(1, self.step - back)
         end = self.step if kind == "closed" else None
-        found = Finding(kind, self.key, cls, onset, self.step, "said", end)
+        evidence: Evidence = {"gave_in": 1} if kind == "closed" and cls is IncidentClass.UNRECOVERED_SPIKE else {}
+        found = Finding(kind, self.key, cls, onset, self.step, "said", end, evidence)
         self.feed(FindingMade(at_s=self.at_s, attempt=self.attempt, finding=found))
 
     def evaluate(self, loss: float) -> None:
@@ -165,7 +166,22 @@ _FINDING = st.tuples(
 _OTHER = st.tuples(st.just("evaluate"), st.sampled_from([2.0, 3.0])) | st.just(("crash",))
 
 
+_SPIKE, _CLIMB = IncidentClass.UNRECOVERED_SPIKE, IncidentClass.SLOW_DIVERGENCE
+_TRAINED, _LONG = ("steps", 300, 10, False), ("steps", 520, 45, False)
+_SPIKED = [
+    _TRAINED,
+    ("evaluate", 2.0),
+    _TRAINED,
+    ("finding", _SPIKE, "suspected", 1),
+    ("finding", _SPIKE, "classified", 5),
+]
+
+
 @settings(max_examples=40)
+@example([_TRAINED, ("finding", _CLIMB, "classified", 5), *([_LONG] * 5)])  # an overlay ends
+@example([*_SPIKED, ("steps", 90, 10, False), ("crash",), _LONG])  # an evaluation never comes; a recovery is judged
+@example([*_SPIKED, ("evaluate", 3.0), ("crash",), _LONG, ("finding", _CLIMB, "classified", 5)])
+@example([*_SPIKED, ("evaluate", 2.0), ("finding", _SPIKE, "closed", 60), ("steps", 900, 45, False)])  # damage stays
 @given(st.lists(_STEPS | _FINDING | _OTHER, min_size=2, max_size=10))
 def test_a_stretch_is_its_steps(script: list[tuple[Any, ...]]) -> None:
     """Whatever goes on meanwhile: same decisions in the same order, same memory, same past step by step."""
