@@ -7,6 +7,7 @@ on a pipe whose other end is dead, and is started again under the same number.
 import json
 import select
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -55,7 +56,7 @@ def open_engine(journal: Journal, make_core: MakeCore) -> tuple[Core, dict[str, 
 
 def take_over(journal: Journal, effects: Effects, paths: RunPaths, deadlines: DeadlinesConfig) -> Taken:
     """Settle what no longer applies, adopt what lives, and return what is to be done."""
-    pending = _still_valid(journal.pending(), effects)
+    pending = still_valid(journal.pending(), effects.settle)
     row = journal.last_attempt()
     if row is None or row["ended_at_s"] is not None:
         _wait_for_unjournaled(paths)
@@ -86,14 +87,14 @@ def take_over(journal: Journal, effects: Effects, paths: RunPaths, deadlines: De
     return Taken(attempt, pending)
 
 
-def _still_valid(pending: list[StoredDecision], effects: Effects) -> list[StoredDecision]:
+def still_valid(pending: list[StoredDecision], settle: Callable[[int, str], None]) -> list[StoredDecision]:
     """An end that was decided is history once the run is launched again, and with it the start that it overtook."""
     ends = [stored.id for stored in pending if isinstance(stored.decision, EndRun)]
     valid = []
     for stored in pending:
         overtaken = isinstance(stored.decision, StartAttempt) and any(end > stored.id for end in ends)
         if stored.id in ends or overtaken:
-            effects.settle(stored.id, "superseded by a new launch")
+            settle(stored.id, "superseded by a new launch")
         else:
             valid.append(stored)
     return valid
