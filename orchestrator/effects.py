@@ -297,7 +297,7 @@ class Effects:
 
 def retry_wait_s(tries: int) -> float:
     """Before a failed store call is made again, for the so many-th time: ever more rarely."""
-    return min(_RETRY_MOST_S, _RETRY_FIRST_S * 2**tries)
+    return float(min(_RETRY_MOST_S, _RETRY_FIRST_S * 2**tries))
 
 
 def tidy(store: Store, decision: PruneCheckpoints) -> None:
