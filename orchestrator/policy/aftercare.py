@@ -21,7 +21,8 @@ def judge_recoveries(ctx: Context) -> None:
     stopped as make a checkpoint good, and the steps that were run again are as low as they were."""
     state = ctx.state
     for incident in state.incidents[-64:]:
-        _note_lr(ctx, incident)
+        if state.overlays:
+            _note_lr(ctx, incident)
         if incident.state != "recovering" or incident.resume_step is None:
             continue
         _account_recompute(ctx, incident)

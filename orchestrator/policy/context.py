@@ -84,7 +84,7 @@ class Context:
 
     def taints(self) -> list[Incident]:
         """Open or suspected incidents that may have damaged the state."""
-        return [i for i in self.state.incidents[-64:] if i.is_open and i.cls in TAINTING and i.state != "recovering"]
+        return [i for i in self.state.incidents[-64:] if i.cls in TAINTING and i.is_open and i.state != "recovering"]
 
     def tainted_from(self) -> int | None:
         """First step whose checkpoint may be damaged by what is open now, None if nothing is."""

@@ -158,7 +158,8 @@ class Engine:
                     diagnose.on_replay_step(state, record.step, row)
                     return
                 health.on_step(ctx, record)
-                self._after_step(ctx)
+                expire_evaluations(ctx)
+                self._overdue(ctx)
             case StartedRecord():
                 if replaying and state.replay is not None:
                     state.replay.runs.append({})
@@ -186,11 +187,7 @@ class Engine:
         elif event.replay or (state.replay is not None and state.pending is None):
             stretch.replay_steps(ctx, event)
         else:
-            stretch.pass_steps(ctx, event, lambda: self._after_step(ctx))
-
-    def _after_step(self, ctx: Context) -> None:
-        expire_evaluations(ctx)
-        self._overdue(ctx)
+            stretch.pass_steps(ctx, event, lambda: expire_evaluations(ctx), lambda: self._overdue(ctx))
 
     def _observe(self, ctx: Context, record: Record) -> None:
         self._found(ctx, self._diagnosis.observe(record))

@@ -72,6 +72,7 @@ class StepsPassed(_Event):
     skipped: bool = Field(default=False, description="the updates were not finite, and not applied")
     replay: bool = False
     saves: tuple[CommitRecord, ...] = Field(default=(), description="in order; each counts right after its own step")
+    thinned: bool = Field(default=False, description="others were made and pruned meanwhile: none of them was overdue")
 
 
 class FindingMade(_Event):

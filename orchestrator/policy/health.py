@@ -54,8 +54,10 @@ def came_to(ctx: Context, row: HistoryRow, *, healthy: bool) -> None:
 def _accept_damage(ctx: Context) -> None:
     """What nobody has undone (observe mode, or an evaluation that refuted it) is in the end the run's own course."""
     state = ctx.state
+    if state.never_back_from is None:
+        return
     tainting = any(i.is_open and i.cls in TAINTING for i in state.incidents[-64:])
-    healthy_from = max(state.never_back_from or 0, state.unhealthy_until_step)
+    healthy_from = max(state.never_back_from, state.unhealthy_until_step)
     if not tainting and state.step - healthy_from >= ACCEPTED_AFTER_STEPS:
         state.never_back_from = None
 
@@ -63,11 +65,10 @@ def _accept_damage(ctx: Context) -> None:
 def _promote(ctx: Context) -> None:
     """Good = K healthy steps beyond it, nothing open or suspected that may reach back to it (DESIGN 9)."""
     state, needed = ctx.state, ctx.facts.good_after_steps
-    tainted_from = ctx.tainted_from()
+    waiting = [commit for commit in state.commits if commit.standing == "committed" and not commit.tainted]
+    tainted_from = ctx.tainted_from() if waiting else None
     promoted = False
-    for commit in state.commits:
-        if commit.standing != "committed" or commit.tainted:
-            continue
+    for commit in waiting:
         proven = state.step - max(commit.step, state.unhealthy_until_step)
         if proven < needed or (tainted_from is not None and commit.step >= tainted_from):
             continue

@@ -17,8 +17,8 @@ from orchestrator.policy.events import StepsPassed
 from orchestrator.policy.state import HistoryRow, ReplayRow
 
 
-def pass_steps(ctx: Context, event: StepsPassed, look: Callable[[], None]) -> None:
-    """Take the updates in; `look` does what the engine does after each step beside keeping it."""
+def pass_steps(ctx: Context, event: StepsPassed, look: Callable[[], None], overdue: Callable[[], None]) -> None:
+    """Take the updates in; `look` and `overdue` do what the engine does after each step beside keeping it."""
     state = ctx.state
     saves = list(event.saves)
     state.last_loss, state.last_lr = event.loss, event.lr
@@ -32,8 +32,12 @@ def pass_steps(ctx: Context, event: StepsPassed, look: Callable[[], None]) -> No
             state.tokens_per_s = event.tokens / event.step_s
         health.came_to(ctx, _row(ctx, event, upto, count), healthy=not event.skipped)
         look()
+        if not event.thinned:
+            overdue()
         while saves and saves[0].step <= state.step:
             health.on_save_ended(ctx, saves.pop(0))
+    if event.thinned:
+        overdue()
 
 
 def replay_steps(ctx: Context, event: StepsPassed) -> None:

@@ -122,7 +122,7 @@ class Faults:
     def _arm(self, what: str) -> None:
         backend = self._world.backend
         self._world.note_fault(what)
-        setattr(backend, what, getattr(backend, what) + self._world.rng.randint(1, 3))
+        setattr(backend, what, 1)
 
     def _checkpoint(self) -> None:
         self._world.tell(CheckpointRequested(at_s=self._world.clock.wall_s))

@@ -34,6 +34,7 @@ class Invariants:
         self._world = world
         self._told: set[str] = set()
         self._pruned: set[str] = set()
+        self._in_line: set[tuple[str, str]] = set()
 
     def require(self, holds: bool, what: str) -> None:
         """Raise what replays the run if something does not hold."""
@@ -72,6 +73,9 @@ class Invariants:
         counting = [name for name in _really_counting(world) if name in world.saves]
         newest_epoch = -1
         for older, newer in zip(counting, counting[1:], strict=False):
+            if (older, newer) in self._in_line:
+                continue
+            self._in_line.add((older, newer))
             self.require(_is_ancestor(world, older, newer), f"{newer} counts beside {older} and was not built on it")
             newest_epoch = max(newest_epoch, parse_commit_id(older).epoch)
             epoch = parse_commit_id(newer).epoch

@@ -4,8 +4,10 @@ What is passed over while the store lags, and what leaves the disk, is chosen by
 (`trainer.keeping.tier`), acceptance by the real fence, and the objects in the store are real manifests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Literal
 
 from monitors.records import CommitFailedRecord, CommitRecord
 from tests.simulation.clock import Clock
@@ -72,6 +74,30 @@ class Keeper:
             self._busy = True
             self.clock.at(max(self.clock.now_s, save.ready_s), self.turn)
 
+    def catch_up(self, saves: Sequence[Save]) -> list[CommitRecord]:
+        """Take saves of the past; where they lie by now, if the store was as it is now."""
+        records = []
+        sendable = not self.waiting and self._accepts(saves)
+        for save in saves:
+            sent = False
+            if sendable and save.ready_s <= self.clock.now_s:
+                with suppress(StoreError):
+                    self._put(save)
+                    sent = True
+            if not sent:
+                sendable = False
+                self.take(save)
+            records.append(self.record(save, "store" if sent else "disk"))
+        return records
+
+    def _accepts(self, saves: Sequence[Save]) -> bool:
+        """Asked once for all saves of one attempt and one moment."""
+        with suppress(StoreError, FenceError):
+            for save in saves[:1]:
+                fence.ensure_accepted(self.store, save.commit)
+            return True
+        return False
+
     def turn(self) -> None:
         """Send what is to be sent now, or give up what has to make room."""
         self._busy = False
@@ -84,6 +110,7 @@ class Keeper:
         save = self.waiting[commit]
         try:
             self.send(save)
+            self.say(self.record(save, "store"))
         except FenceLostError as error:
             self._give_up(commit, str(error))
         except (StoreError, FenceError):
@@ -97,9 +124,12 @@ class Keeper:
             self._busy = True
             self.clock.after(self.upload_s, self.turn)
 
-    def send(self, save: Save, *, quietly: bool = False) -> None:
-        """Data, then the manifest, each time asking whether it still counts; `quietly` says nothing of it."""
+    def send(self, save: Save) -> None:
+        """Data, then the manifest, each time asking whether it still counts."""
         fence.ensure_accepted(self.store, save.commit)
+        self._put(save, between=lambda: fence.ensure_accepted(self.store, save.commit))
+
+    def _put(self, save: Save, between: Callable[[], None] = lambda: None) -> None:
         body = save.commit.encode()
         entry = ObjectEntry(key=data_key(save.commit, "r0.safetensors"), size=len(body), crc32c=crc32c(body))
         named = parse_commit_id(save.commit)
@@ -108,13 +138,11 @@ class Keeper:
             tokens=save.step, position=save.position, nonce=f"{save.step:032x}", objects=(entry,), tensors=(),
         )  # fmt: skip
         self.store.create(entry.key, body)
-        fence.ensure_accepted(self.store, save.commit)
+        between()
         self.store.create(manifest_key(save.commit), seal(manifest).raw)
         self.waiting.pop(save.commit, None)
         self.uploaded[save.commit] = save
         self.told(save.commit)
-        if not quietly:
-            self.say(self.record(save, "store"))
         surplus, _ = choose_doomed(self._inventory(), KEEP)
         for commit in surplus:
             del self.uploaded[commit]

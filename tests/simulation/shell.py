@@ -106,6 +106,7 @@ class Shell:
         self.process(self._take_events())
         if self.trainer is not None and self.trainer.hung_since_s is not None:
             self.watch(self.trainer)
+        self._later(_SOON_S, lambda: None)
 
     def _take_over(self, pending: list[StoredDecision]) -> tuple[list[StoredDecision], int | None]:
         row, world = self.journal.last_attempt(), self.world
@@ -187,10 +188,10 @@ class Shell:
             if self._incidents.get(incident.id) != text:
                 self._incidents[incident.id] = changed[incident.id] = text
         outcomes, self._outcomes = self._outcomes, {}
+        cursors = dict(list(self._cursors.items())[-2:])  # of the attempt under way and the keepers
         return self.journal.commit(
             Batch(
-                folded=folded, incidents=changed, cursors=self._cursors, outcomes=outcomes,
-                meta={"status": self.core.status().model_dump_json()},
+                folded=folded, incidents=changed, cursors=cursors, outcomes=outcomes,
                 snapshot=self.core.snapshot() if snapshot else None,
             )
         )  # fmt: skip
@@ -204,7 +205,7 @@ class Shell:
         return found + self._new(_KEEPERS, self.world.keeper_records)
 
     def _new(self, number: int, records: Sequence[Event]) -> list[Event]:
-        known = self._cursors.get(number, Cursor()).seq
+        known = self._cursors.pop(number, Cursor()).seq
         self._cursors[number] = Cursor(seq=len(records))
         now_s = self.world.clock.wall_s
         return [

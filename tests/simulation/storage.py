@@ -1,12 +1,14 @@
 """A storage in memory that fails as real ones do: away, full, slow to show what is new, cut short, silent on success."""
 
+import builtins
 import errno
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.simulation.clock import Clock
-from trainer.contract.store import Store
+from trainer.contract.store import Store, StoredObject, StoreUnavailable
 
 
 @dataclass(slots=True)
@@ -26,6 +28,7 @@ class SimBackend:
     drop_commits: bool = False
     fired: Counter[str] = field(default_factory=Counter)
     _rooms: dict[str, dict[str, bytes]] = field(default_factory=lambda: defaultdict(dict))
+    _listed: dict[str, list[StoredObject]] = field(default_factory=dict)
     _newest: str = ""
 
     def _room(self, key: str) -> dict[str, bytes]:
@@ -40,6 +43,7 @@ class SimBackend:
         if key in room:
             raise FileExistsError(errno.EEXIST, key)
         room[key] = data
+        self._listed.pop(f"{key.partition('/')[0]}/", None)
         self._newest = key
         if self.drop_commits and key.startswith("commits/"):
             del room[key]
@@ -81,12 +85,23 @@ class SimBackend:
             hidden = self._newest
         return sorted((key, len(data)) for key, data in room.items() if key.startswith(prefix) and key != hidden)
 
+    def listed(self, prefix: str) -> Sequence[StoredObject]:
+        """The same as the store would say it, remembered for as long as nothing changes: fences are many, and asked
+        for at each step of the way."""
+        room = self._room(prefix)
+        if prefix.count("/") > 1 or (self.stale and self._newest.startswith(prefix)):
+            return [StoredObject(key, size) for key, size in self.list(prefix, 0.0)]
+        if prefix not in self._listed:
+            self._listed[prefix] = [StoredObject(key, len(room[key])) for key in sorted(room)]
+        return self._listed[prefix]
+
     def make_place(self) -> None:
         """There is always a place."""
 
     def delete(self, key: str, timeout_s: float) -> None:
         """One that is not there is no error."""
         self._room(key).pop(key, None)
+        self._listed.pop(f"{key.partition('/')[0]}/", None)
 
     def abort_unfinished(self, prefix: str, timeout_s: float) -> int:
         """Nothing is ever half there."""
@@ -104,6 +119,16 @@ class SimBackend:
         return self._rooms[room]
 
 
-def sim_store(backend: SimBackend) -> Store:
-    """The real store over it; its short pauses between tries take no time."""
-    return Store(backend, "sim://store", 60.0, sleep=lambda seconds: None)
+class SimStore(Store):
+    """The real store over it, but for listings, and its short pauses between tries take no time."""
+
+    def __init__(self, backend: SimBackend) -> None:
+        super().__init__(backend, "sim://store", 60.0, sleep=lambda seconds: None)
+        self._sim = backend
+
+    def list(self, prefix: str = "") -> builtins.list[StoredObject]:
+        """As the real one, whose keys are all ours here."""
+        try:
+            return builtins.list(self._sim.listed(prefix))
+        except TimeoutError as error:
+            raise StoreUnavailable(self.url, "no answer") from error

@@ -205,11 +205,7 @@ class Trainer:
         self.stalls += len(ready)
         wanted = self._worth_making(ready, due)
         walk = Walk(profile.layout, profile.batch, self.plan.skips, self.plan.quarantines)
-        made = self._train(walk, due - self.step, wanted)
-        for number, save in made:
-            self.world.saves[save.commit] = save
-            self.world.keeper.take(save)
-            self.saved = max(self.saved, number)
+        self._train(walk, due - self.step, wanted, thinned=len(wanted) < len(ready))
         self.saved = max([self.saved, *ready])
 
     def _saves_by(self, now_s: float) -> range:
@@ -222,31 +218,29 @@ class Trainer:
         """Step -> number of those that the end of the stretch can tell of."""
         steps = {self.origin_step + number * self.interval: number for number in ready}
         proven = [step for step in steps if step <= now - self.world.profile.good_after_steps]
-        wanted = {step for step in steps if step not in proven} | set(proven[-3:])
-        if proven:
-            wanted |= {min(proven, key=lambda step: abs(step - (now - back))) for back in BACK_STEPS}
+        wanted = {step for step in steps if step not in proven} | set(proven[-1:])
+        for back in BACK_STEPS[1:]:
+            if proven and proven[0] <= now - back:
+                wanted.add(min(proven, key=lambda step: abs(step - (now - back))))
         if self.bad_from is not None:
             wanted |= set(steps)
         return {step: steps[step] for step in sorted(wanted)}
 
-    def _train(self, walk: Walk, count: int, wanted: dict[int, int]) -> list[tuple[int, Save]]:
-        made: list[tuple[int, Save]] = []
+    def _train(self, walk: Walk, count: int, wanted: dict[int, int], *, thinned: bool) -> None:
         profile = self.world.profile
+        period = self.interval * profile.step_s + profile.stall_s
         for chunk in walk.chunks(self.position, count):
             first, size = self.step + 1, (chunk.end - chunk.begin) // chunk.steps
-            inside = [step for step in wanted if first <= step < first + chunk.steps]
-            here = []
-            for step in inside:
-                number = wanted[step]
-                on_disk_s = self.origin_s + number * (self.interval * profile.step_s + profile.stall_s) + profile.disk_s
-                position = chunk.begin + (step - first + 1) * size
-                here.append((number, self._made(step, position, on_disk_s)))
-            made += here
             self.world.consumed.append(Consumed(self.attempt, first, chunk, replay=False))
             self.step, self.position = first + chunk.steps - 1, chunk.end
-            saves = tuple(self.world.keeper.record(save, "disk") for _, save in here)
-            self.records.append(self._stretch(first, self.step, chunk.end, size, saves=saves))
-        return made
+            saves = []
+            for step in (one for one in wanted if first <= one <= self.step):
+                on_disk_s = self.origin_s + wanted[step] * period + profile.disk_s
+                save = self._made(step, chunk.begin + (step - first + 1) * size, on_disk_s)
+                self.world.saves[save.commit] = save
+                saves.append(save)
+            records = self.world.keeper.catch_up(saves)
+            self.records.append(self._stretch(first, self.step, chunk.end, size, saves=tuple(records), thinned=thinned))
 
     def _made(self, step: int, position: int, on_disk_s: float) -> Save:
         name = commit_id(step, self.plan.epoch, self.attempt)
@@ -269,12 +263,12 @@ class Trainer:
 
     def _stretch(
         self, first: int, last: int, end: int, size: int, *, loss: float | None = None, skipped: bool = False,
-        saves: tuple[Any, ...] = (),
+        saves: tuple[Any, ...] = (), thinned: bool = False,
     ) -> StepsPassed:  # fmt: skip
         bad = self.bad_from is not None and last >= self.bad_from
         return StepsPassed(
             at_s=self.world.clock.wall_s, attempt=self.attempt, first_step=first, step=last, end=end, samples=size,
-            tokens=1, step_s=self.world.profile.step_s, grad_norm=0.5, skipped=skipped, saves=saves,
+            tokens=1, step_s=self.world.profile.step_s, grad_norm=0.5, skipped=skipped, saves=saves, thinned=thinned,
             loss=loss if loss is not None else HEALTHY_LOSS + (1.5 if bad else 0.0),
             lr=PEAK_LR * overlay_factor(self.plan.overlays, last), replay=self.plan.replay is not None,
         )  # fmt: skip

@@ -19,7 +19,6 @@ from monitors.records import CommitFailedRecord, CommitRecord
 from orchestrator.policy.decisions import EndRun
 from orchestrator.policy.events import Event, RecordReceived, StopRequested
 from orchestrator.policy.shipped import shipped_policy
-from orchestrator.takeover import open_engine
 from tests.simulation.clock import Clock
 from tests.simulation.diseases import Diseases
 from tests.simulation.faults import Faults
@@ -28,12 +27,13 @@ from tests.simulation.invariants import TRAINS_WITHIN_S, Broken, Invariants
 from tests.simulation.keeper import Keeper, Save
 from tests.simulation.profile import Profile
 from tests.simulation.shell import Shell, SupervisorKilled
-from tests.simulation.storage import SimBackend, sim_store
+from tests.simulation.storage import SimBackend, SimStore
 from tests.simulation.trainer import Consumed, Trainer
 from trainer.contract.plan import ResumePlan
 
 _RESTARTED_AFTER_S = 2.0  # by systemd
 _RELAUNCHED_AFTER_S = {"preempted": 120.0, "stopped": 1800.0, "halted": 3600.0, "budget_used_up": 3600.0}
+_DATA_PATIENCE_S = 120.0  # the trainer's own, before it gives up
 _MOST_EVENTS = 400_000
 
 
@@ -63,7 +63,7 @@ class World:
         self.policy = shipped_policy()
         self.clock = Clock()
         self.backend = SimBackend(self.clock)
-        self.store = sim_store(self.backend)
+        self.store = SimStore(self.backend)
         self.check = Invariants(self)
         self.account = Account()
         self.diseases = Diseases(self)
@@ -87,7 +87,7 @@ class World:
         self.last_fault = "the launch"
         self.end: EndRun | None = None
         self.plan_before_replay: ResumePlan = ResumePlan(run_id="sim", attempt=1, epoch=0, fresh=True)
-        self._tracing = trace
+        self.tracing = trace
         self._fault_ends_s = 0.0
         self._wants: Literal["operator", "preemption"] | None = None
         self._resume_because: str | None = None
@@ -124,10 +124,10 @@ class World:
 
     def trace(self, text: str) -> None:
         """For a person who replays a seed."""
-        if self._tracing:
+        if self.tracing:
             trainer = self.trainer
             step = f"attempt {trainer.attempt} step {trainer.step}" if trainer is not None else "no attempt"
-            print(f"{self.clock.now_s:12.1f} {step}: {text}")  # noqa: T201
+            print(f"{self.clock.now_s:12.1f} {step}: {text}", flush=True)  # noqa: T201
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
@@ -171,9 +171,9 @@ class World:
         """As the table of causes would have it: another boot is the machine's doing."""
         cause = "host_lost" if trainer.boot != self.boot and trainer.cause == "killed" else trainer.cause
         self.trace(f"ended: {cause}")
-        if cause not in ("preempted", "left", "orphaned", "finished", "replay_done", "data_unreachable"):
+        if cause not in ("preempted", "left", "orphaned", "finished", "replay_done"):
             self.departures_s.append(self.clock.now_s)
-            self.departures_since_save += 1
+            self.departures_since_save += cause != "data_unreachable"
         self.fatal_deaths += cause in ("data", "config", "checkpoint")
         return cause
 
@@ -257,7 +257,7 @@ class World:
     def loaded(self, trainer: Trainer) -> None:
         """An attempt begins to train."""
         if self.clock.now_s < self.data_away_until_s and trainer.plan.replay is None:
-            trainer.end("data_unreachable")
+            self.clock.after(_DATA_PATIENCE_S, lambda: trainer.end("data_unreachable"))
             return
         self.trace(f"loaded {trainer.parent}: {trainer.plan.because}")
         self.check.loaded(trainer)
@@ -333,8 +333,7 @@ class World:
         shell = self.shell
         self.shell = reopened = Shell(self)
         try:
-            core, _ = open_engine(reopened.journal, lambda snapshot: reopened.core)
-            self.check.replayed_core(shell.core.snapshot(), core.snapshot())
+            self.check.replayed_core(shell.core.snapshot(), reopened.core.snapshot())
             self.check.finished(self.end)
         finally:
             reopened.close()
