@@ -20,8 +20,9 @@ def judge_recoveries(ctx: Context) -> None:
     """Called after each step. A recovery has worked when as many healthy steps lie beyond the place where it had been
     stopped as make a checkpoint good, and the steps that were run again are as low as they were."""
     state = ctx.state
+    lowered = {overlay.incident for overlay in state.overlays}
     for incident in state.incidents[-64:]:
-        if state.overlays:
+        if incident.lr_restored_step is None and incident.id in lowered:
             _note_lr(ctx, incident)
         if incident.state != "recovering" or incident.resume_step is None:
             continue
@@ -72,7 +73,7 @@ def _said(course: Course) -> str:
 def _note_lr(ctx: Context, incident: Incident) -> None:
     """The overlay of an incident has ramped back: that the LR applied is the one planned is proved by every record."""
     own = [overlay for overlay in ctx.state.overlays if overlay.incident == incident.id]
-    if incident.lr_restored_step is None and own and overlay_factor(tuple(own), ctx.state.step) == 1.0:
+    if overlay_factor(tuple(own), ctx.state.step) == 1.0:
         incident.lr_restored_step = ctx.state.step
 
 

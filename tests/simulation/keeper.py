@@ -19,6 +19,7 @@ from trainer.keeping.tier import Inventory, choose_doomed, choose_next
 
 KEEP = 2
 _RETRY_MOST_S = 60.0
+_TRIES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,7 @@ class Keeper:
         records = []
         sendable = not self.waiting and self._accepts(saves)
         for save in saves:
-            sent = False
-            if sendable and save.ready_s <= self.clock.now_s:
-                with suppress(StoreError):
-                    self._put(save)
-                    sent = True
+            sent = sendable and save.ready_s <= self.clock.now_s and self._tried(lambda save=save: self._put(save))
             if not sent:
                 sendable = False
                 self.take(save)
@@ -92,10 +89,14 @@ class Keeper:
 
     def _accepts(self, saves: Sequence[Save]) -> bool:
         """Asked once for all saves of one attempt and one moment."""
-        with suppress(StoreError, FenceError):
-            for save in saves[:1]:
-                fence.ensure_accepted(self.store, save.commit)
-            return True
+        return not saves or self._tried(lambda: fence.ensure_accepted(self.store, saves[0].commit))
+
+    def _tried(self, call: Callable[[], object]) -> bool:
+        """What is past had time to be tried again."""
+        for _ in range(_TRIES):
+            with suppress(StoreError, FenceError):
+                call()
+                return True
         return False
 
     def turn(self) -> None:

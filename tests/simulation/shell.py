@@ -36,7 +36,7 @@ from orchestrator.policy.events import (
     ResumeRequested,
     RunOpened,
 )
-from orchestrator.recovery.claim import claim_epoch, claim_nonce
+from orchestrator.recovery.claim import claim_nonce
 from orchestrator.takeover import open_engine, still_valid
 from trainer.contract.fence import FenceError
 from trainer.contract.store import StoreError
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 GRACE_S = 120.0
-_SNAPSHOT_EVERY = 100  # events, of which one stands for thousands of steps
+_SNAPSHOT_EVERY = 50  # events, of which one stands for thousands of steps
 _SOON_S = 0.1  # what a command leads to is seen as soon as it is there
 _KEEPERS = -1  # in the place of an attempt's number, for the cursor of the keepers' records
 
@@ -258,10 +258,8 @@ class Shell:
             return
         nonce = claim_nonce("sim", decision.plan.epoch, "secret")
 
-        def call() -> object:
-            if not self.world.skip_fence:
-                claim_epoch(self.world.store, decision.plan, nonce, None)
-            return None
+        def call() -> None:
+            self.world.claim(self.world.store, decision.plan, nonce, None)
 
         self._store_call(stored, call, then=lambda: self._spawn(stored, decision))
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PEAK_LR = 3e-4
 HEALTHY_LOSS = 2.0
 _EVALUATION_S = 20.0
-_NOT_ANOTHER_HOUR = 1e-6  # of rounding: an update that ends at a moment is done at that moment
+_ROUNDING_S = 1e-6  # an update that ends at a moment is done at that moment
 
 
 @dataclass(slots=True)
@@ -161,7 +161,7 @@ class Trainer:
             return
         self.look()
         if self.step < self.last_step:
-            self.world.clock.at(self.time_of(self.last_step) + _NOT_ANOTHER_HOUR, self._finish)
+            self.world.clock.at(self.time_of(self.last_step) + _ROUNDING_S, self._finish)
             return
         if self.parent_step() < self.step:
             self._save(self.step, self.position, self.world.clock.now_s)
@@ -189,7 +189,7 @@ class Trainer:
 
     def _due(self, now_s: float) -> int:
         profile = self.world.profile
-        elapsed = now_s - self.origin_s + _NOT_ANOTHER_HOUR
+        elapsed = now_s - self.origin_s + _ROUNDING_S
         period = self.interval * profile.step_s + profile.stall_s
         rounds = int(elapsed // period)
         done = rounds * self.interval + min(self.interval, int((elapsed - rounds * period) // profile.step_s))
@@ -199,13 +199,12 @@ class Trainer:
         """Have everything be done and written that is due by now."""
         if not self.training or self.leaving or self.plan.replay is not None:
             return
-        now_s, profile = self.world.clock.now_s, self.world.profile
+        now_s = self.world.clock.now_s
         due = max(self.step, self._due(now_s))
         ready = [number for number in self._saves_by(now_s) if number > self.saved]
         self.stalls += len(ready)
         wanted = self._worth_making(ready, due)
-        walk = Walk(profile.layout, profile.batch, self.plan.skips, self.plan.quarantines)
-        self._train(walk, due - self.step, wanted, thinned=len(wanted) < len(ready))
+        self._train(self.world.walk(self.plan), due - self.step, wanted, thinned=len(wanted) < len(ready))
         self.saved = max([self.saved, *ready])
 
     def _saves_by(self, now_s: float) -> range:
@@ -276,10 +275,7 @@ class Trainer:
     def blow_up(self, steps: int) -> None:
         """So many updates are not finite, and are not applied; their data is used up."""
         self.look()
-        profile = self.world.profile
-        for chunk in Walk(profile.layout, profile.batch, self.plan.skips, self.plan.quarantines).chunks(
-            self.position, min(steps, self.last_step - self.step)
-        ):
+        for chunk in self.world.walk(self.plan).chunks(self.position, min(steps, self.last_step - self.step)):
             first, size = self.step + 1, (chunk.end - chunk.begin) // chunk.steps
             self.world.consumed.append(Consumed(self.attempt, first, chunk, replay=False))
             self.step, self.position = first + chunk.steps - 1, chunk.end

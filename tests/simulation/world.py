@@ -19,7 +19,9 @@ from monitors.records import CommitFailedRecord, CommitRecord
 from orchestrator.policy.decisions import EndRun
 from orchestrator.policy.events import Event, RecordReceived, StopRequested
 from orchestrator.policy.shipped import shipped_policy
+from orchestrator.recovery.claim import claim_epoch
 from tests.simulation.clock import Clock
+from tests.simulation.data import Walk
 from tests.simulation.diseases import Diseases
 from tests.simulation.faults import Faults
 from tests.simulation.goodput import Account, buckets
@@ -30,6 +32,7 @@ from tests.simulation.shell import Shell, SupervisorKilled
 from tests.simulation.storage import SimBackend, SimStore
 from tests.simulation.trainer import Consumed, Trainer
 from trainer.contract.plan import ResumePlan
+from trainer.contract.store import Store
 
 _RESTARTED_AFTER_S = 2.0  # by systemd
 _RELAUNCHED_AFTER_S = {"preempted": 120.0, "stopped": 1800.0, "halted": 3600.0, "budget_used_up": 3600.0}
@@ -77,7 +80,7 @@ class World:
         self.up = True
         self.kill_points = 0
         self.kill_at_point = -1
-        self.skip_fence = False
+        self.claim: Callable[[Store, ResumePlan, str, int | None], None] = claim_epoch
         self.data_away_until_s = self.disk_full_until_s = -1.0
         self.damaged: set[str] = set()
         self.departures_s: list[float] = []
@@ -145,7 +148,7 @@ class World:
             return
         self.end = None
         because, self._resume_because = self._resume_because, None
-        shell = self.shell = Shell(self)
+        shell = self.shell = self.new_shell()
         if self._memory is not None:
             remembered, self._memory = self._memory, None
             self.check.replayed_core(remembered, shell.core.snapshot())
@@ -153,6 +156,14 @@ class World:
         self.check.checkpoints()
         if self._wants is not None and self.shell is shell and shell.alive:
             self.ask_to_stop(self._wants)
+
+    def new_shell(self) -> Shell:
+        """A supervisor process that has opened the journal."""
+        return Shell(self)
+
+    def walk(self, plan: ResumePlan) -> Walk:
+        """The raw order as a trainer under this plan reads it."""
+        return Walk(self.profile.layout, self.profile.batch, plan.skips, plan.quarantines)
 
     def spawn(self, plan: ResumePlan) -> Trainer:
         """A process that waits for its release."""
