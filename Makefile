@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-long search check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis
+.PHONY: help setup demo test test-long search simulate check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -11,6 +11,7 @@ help:
 	@echo "make test    run all tests but the longest, in under ten minutes on two cores"
 	@echo "make test-long  run those"
 	@echo "make search  look for new counterexamples to what the tests state as rules"
+	@echo "make simulate RUNS=n SEED=s  eight weeks of a run and its faults, n times over, each in about a second"
 	@echo "make check   format, lint, strict types and the rule of who may import whom"
 	@echo "make bench-checkpoint  how long a save holds up training, beside memcpy, torch.save and DCP"
 	@echo "make bench-data  tokens a second, beside a plain loop and a plain DataLoader"
@@ -39,6 +40,12 @@ test-long: setup  # whole runs in every variant; CI runs them too
 
 search: setup  # new counterexamples for the property tests, at random
 	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest -n 2 --dist worksteal tests/contract tests/keeping tests/monitors tests/orchestrator
+
+RUNS ?= 10000
+SEED ?= 0
+
+simulate: setup  # the real policy, journal, fences and retention in a simulated world (docs/simulation.md)
+	$(BIN)/python -m tests.simulation --runs $(RUNS) --seed $(SEED) --jobs 2
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -10,9 +10,9 @@ from tests.simulation.invariants import Broken
 from tests.simulation.profile import PROFILES, Profile
 from tests.simulation.world import Result, World
 
-#: One in twenty at the stress rates, which take ten times as long.
+#: One in fifty at the stress rates, which take ten times as long.
 _STRESS_PROCESS, _NODE_ALL, _NODE_PROCESS, _STRESS_ALL = PROFILES
-_ROUND = 40
+_ROUND = 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ class Disease:
     onset: int = 0
     outbreaks: int = 0
     treated: bool = False
+    suspected: bool = False
     told: bool = False
 
 
@@ -112,6 +113,7 @@ class Diseases:
             return
         self._key += 1
         one.key, one.onset, one.treated, one.told = self._key, trainer.step + 1, False, False
+        one.suspected = False
         one.outbreaks += 1
         self.had[one.cls] = self.had.get(one.cls, 0) + 1
         self.world.note_fault("disease", str(one.cls))
@@ -165,11 +167,14 @@ class Diseases:
 
     def _report(self, one: Disease, trainer: Trainer, kind: FindingKind, end_step: int | None = None) -> None:
         trainer.look()
-        shards = ()
+        shards: tuple[int, ...] = ()
         if one.cls is IncidentClass.REPEATED_SPIKES_BY_SHARDS:
             shards = (self.world.rng.randrange(self.world.profile.layout.num_shards),)
+        one.suspected = True
         one.told = one.told or kind == "classified"
-        found = Finding(kind, one.key, one.cls, one.onset, max(trainer.step, one.onset), "simulated", end_step, {}, shards)
+        found = Finding(
+            kind, one.key, one.cls, one.onset, max(trainer.step, one.onset), "simulated", end_step, {}, shards
+        )
         event = FindingMade(at_s=self.world.clock.wall_s, attempt=trainer.attempt, finding=found)
         trainer.records.append(event)
         self.world.supervise()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from orchestrator.policy.decisions import EndRun
@@ -23,7 +24,7 @@ _FATAL = {"config", "checkpoint", "data"}
 Spent = tuple[int, int, int, str]
 
 
-class Broken(AssertionError):
+class Broken(AssertionError):  # noqa: N818  it says what the run is
     """A run broke what must hold; the message begins with what replays it."""
 
 
@@ -68,11 +69,11 @@ class Invariants:
         self.require(not alive, f"attempt {trainer.attempt} begins while {alive} live")
 
     def claimed(self) -> None:
-        """What counts from here on is one line of checkpoints, each built on the one before, of one writer at a time."""
+        """What counts from here on is one line of checkpoints: each built on the last, by one writer at a time."""
         world = self._world
         counting = [name for name in _really_counting(world) if name in world.saves]
         newest_epoch = -1
-        for older, newer in zip(counting, counting[1:], strict=False):
+        for older, newer in pairwise(counting):
             if (older, newer) in self._in_line:
                 continue
             self._in_line.add((older, newer))
@@ -82,11 +83,11 @@ class Invariants:
             self.require(epoch >= newest_epoch, f"{newer} of an older epoch counts above {older}")
 
     def loaded(self, trainer: Trainer) -> None:
-        """Only what exists is loaded, nothing of a dead branch, and never the state that has gone wrong."""
+        """Never a state that the detectors had already called suspect, and that has really gone wrong."""
         if trainer.parent is None:
             return
-        save = self._world.saves[trainer.parent]
-        sick = self._world.diseases.now is not None and not save.healthy
+        save, disease = self._world.saves[trainer.parent], self._world.diseases.now
+        sick = disease is not None and disease.suspected and not save.healthy
         self.require(not sick, f"attempt {trainer.attempt} resumes on the diverged state {save.commit}")
 
     def superseded(self, why: str) -> None:
@@ -157,7 +158,9 @@ class Invariants:
         step = position = 0
         for part, last, end_position in _surviving(world):
             self.require(part.first == step + 1, f"update {step + 1} is followed by {part.first}")
-            self.require(part.chunk.begin == position, f"update {part.first} begins at {part.chunk.begin}, not {position}")
+            self.require(
+                part.chunk.begin == position, f"update {part.first} begins at {part.chunk.begin}, not {position}"
+            )
             for jumped in part.chunk.jumped:
                 known = _inside(jumped, out) or any(
                     jumped[0] >= q.from_position
@@ -218,7 +221,9 @@ def _surviving(world: World) -> list[tuple[Consumed, int, int]]:
         if last < part.first:
             continue
         size = (part.chunk.end - part.chunk.begin) // part.chunk.steps
-        surviving.append((part, last, part.chunk.end if last == part.last else part.chunk.begin + (last - part.first + 1) * size))
+        surviving.append(
+            (part, last, part.chunk.end if last == part.last else part.chunk.begin + (last - part.first + 1) * size)
+        )
     return surviving
 
 

@@ -7,7 +7,7 @@ What is passed over while the store lags, and what leaves the disk, is chosen by
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
 
 from monitors.records import CommitFailedRecord, CommitRecord
 from tests.simulation.clock import Clock
@@ -80,7 +80,7 @@ class Keeper:
         records = []
         sendable = not self.waiting and self._accepts(saves)
         for save in saves:
-            sent = sendable and save.ready_s <= self.clock.now_s and self._tried(lambda save=save: self._put(save))
+            sent = sendable and save.ready_s <= self.clock.now_s and self._tried(partial(self._put, save))
             if not sent:
                 sendable = False
                 self.take(save)
@@ -175,5 +175,3 @@ class Keeper:
 def _age(commit: str) -> tuple[int, int]:
     parsed = parse_commit_id(commit)
     return parsed.epoch, parsed.step
-
-

@@ -330,9 +330,13 @@ class Shell:
             call()
             return
 
+        def act() -> None:
+            call()
+            self.look()
+
         def due() -> None:
             if self.alive:
-                self.world.guarded(lambda: (call(), self.look()))
+                self.world.guarded(act)
 
         self.world.clock.after(wait_s, due)
 

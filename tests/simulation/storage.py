@@ -1,4 +1,4 @@
-"""A storage in memory that fails as real ones do: away, full, slow to show what is new, cut short, silent on success."""
+"""A storage in memory that fails as real ones do: away, slow to show what is new, cut short, silent on success."""
 
 import builtins
 import errno

@@ -255,9 +255,7 @@ class Trainer:
     def _save(self, step: int, position: int, on_disk_s: float) -> None:
         save = self._made(step, position, on_disk_s)
         self.world.saves[save.commit] = save
-        self.records.append(
-            RecordReceived(at_s=self.world.clock.wall_s, record=self.world.keeper.record(save, "disk"))
-        )
+        self.records.append(RecordReceived(at_s=self.world.clock.wall_s, record=self.world.keeper.record(save, "disk")))
         self.world.keeper.take(save)
 
     def _stretch(
