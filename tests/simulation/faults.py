@@ -135,6 +135,5 @@ class Faults:
             name = stored[-1].removeprefix("commits/").removesuffix(".json")
             key = data_key(name, "r0.safetensors")
             world.backend.truth("data")[key] = b"x" * len(name)
-            world.damaged.add(name)
             world.keeper.uploaded.pop(name, None)
             world.note_fault("damaged_checkpoint", name)

@@ -104,17 +104,17 @@ class Invariants:
         there = {key.removeprefix("commits/").removesuffix(".json") for key in world.backend.truth("commits")}
         lost = self._told - self._pruned - there
         self.require(not lost, f"committed checkpoints are lost: {sorted(lost)}")
-        if world.shell is None:
+        if world.shell is None or not world.shell.alive:
             return
         for commit in world.shell.core.state.commits:
-            found = commit.id in there or world.keeper.on_disk(commit.id) is not None or commit.where == "disk"
+            found = commit.id in there or world.keeper.on_disk(commit.id) is not None
             self.require(found, f"the engine counts on {commit.id}, which is nowhere")
 
-    def trains(self) -> None:
-        """Some minutes after a fault that nothing else followed, it trains, finds a cause, or has rightly ended."""
+    def trains(self, since_s: float) -> None:
+        """Some minutes after a fault that nothing else followed, it trains or has since then, or has rightly ended."""
         world = self._world
         trainer = world.trainer
-        lives = trainer is not None and trainer.training
+        lives = (trainer is not None and trainer.training) or world.trained_at_s > since_s
         self.require(lives or world.resting(), f"stuck: no training {TRAINS_WITHIN_S:.0f} s after {world.last_fault}")
 
     def ended(self, end: EndRun) -> None:
@@ -152,6 +152,7 @@ class Invariants:
         world = self._world
         self.require((end.state, end.exit_code) == ("finished", 0), f"ended {end.state}, exit {end.exit_code}")
         self.checkpoints()
+        self.claimed()
         assert world.shell is not None
         state = world.shell.core.state
         out = _merged([(skip.begin, skip.end) for skip in state.skips])

@@ -346,6 +346,8 @@ class Trainer:
             self.look()
         clock, profile = self.world.clock, self.world.profile
         self.settled_at_s = clock.now_s
+        if self.training:
+            self.world.trained_at_s = clock.now_s
         if self.training and not arena_lost and not self.leaving and self.plan.replay is None:
             self._settle_snapshot()
         if self.hung_since_s is not None:

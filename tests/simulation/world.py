@@ -78,11 +78,11 @@ class World:
         self.shell: Shell | None = None
         self.boot = 1
         self.up = True
+        self.trained_at_s = -1.0
         self.kill_points = 0
         self.kill_at_point = -1
         self.claim: Callable[[Store, ResumePlan, str, int | None], None] = claim_epoch
         self.data_away_until_s = self.disk_full_until_s = -1.0
-        self.damaged: set[str] = set()
         self.departures_s: list[float] = []
         self.departures_since_save = 0
         self.fatal_deaths = 0
@@ -299,7 +299,7 @@ class World:
 
         def look() -> None:
             if self._fault_ends_s == ends_s:
-                self.check.trains()
+                self.check.trains(ends_s)
 
         self.clock.at(ends_s + TRAINS_WITHIN_S, look)
 
