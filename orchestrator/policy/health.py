@@ -11,7 +11,7 @@ from orchestrator.policy.state import Commit, HistoryRow
 from orchestrator.recovery.retention import Checkpoint, plan_retention
 from trainer.contract.manifest import parse_commit_id
 
-ACCEPTED_AFTER_STEPS = 500  # as many as prove a checkpoint good after a slow divergence (DESIGN 6)
+_ACCEPTED_AFTER_STEPS = 500  # as many as prove a checkpoint good after a slow divergence (DESIGN 6)
 
 
 def on_step(ctx: Context, record: StepRecord) -> None:
@@ -58,7 +58,7 @@ def _accept_damage(ctx: Context) -> None:
         return
     tainting = any(i.is_open and i.cls in TAINTING for i in state.incidents[-64:])
     healthy_from = max(state.never_back_from, state.unhealthy_until_step)
-    if not tainting and state.step - healthy_from >= ACCEPTED_AFTER_STEPS:
+    if not tainting and state.step - healthy_from >= _ACCEPTED_AFTER_STEPS:
         state.never_back_from = None
 
 

@@ -4,7 +4,8 @@ Between two updates of a stretch the policy changes its mind only where somethin
 itself, a recovery is judged, an evaluation or a checkpoint is overdue, an overlay has ended. So the fold goes from one
 such step to the next, and what lies between moves counters only. Which steps these are is asked anew at each of them,
 because what follows from one may bring another. Asking for too many costs time, for too few would be an error: a
-property test holds a stretch against its records.
+property test holds a stretch against its records. What only a save or a load looks at needs no step of its own: a save
+is one, and a load ends the stretch.
 """
 
 import math
@@ -70,7 +71,6 @@ def _due_steps(ctx: Context) -> Iterator[int]:
             yield incident.detected_step + ctx.policy.detect.recover_steps_max + 1
     for overlay in state.overlays:
         yield from (overlay.from_step, overlay.hold_until_step + 1, overlay.hold_until_step + overlay.ramp_steps)
-    yield max(state.never_back_from or 0, unhealthy) + health.ACCEPTED_AFTER_STEPS
     stored = max((commit.step for commit in state.commits if commit.where == "store"), default=None)
     every = facts.checkpoint_every or state.save_every
     if stored is not None and every is not None:
