@@ -71,11 +71,16 @@ def report(name: str, figures: Mapping[str, Any], targets: Mapping[str, Any], me
         "commit": _commit(),
     }
     RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"{name}-{_slug(here['cpu'])}-{datetime.now(UTC):%Y%m%d}"
+    stem = stem_of(name)
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     stem.with_suffix(".md").write_text(f"# {name}\n\n{table}\n")
     print(table)
     print(json.dumps(result))
+
+
+def stem_of(name: str) -> Path:
+    """Of the result files of today on this machine, without a suffix."""
+    return RESULTS / f"{name}-{_slug(_cpu_name())}-{datetime.now(UTC):%Y%m%d}"
 
 
 def _cpu_name() -> str:

@@ -5,10 +5,7 @@ command ids, create-only objects, files replaced as a whole. What may block is g
 wait is given to a timer; nothing here waits. A failing store never ends the run: it is tried again, ever more rarely.
 """
 
-import hashlib
 import json
-import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,13 +34,13 @@ from orchestrator.process.attempt import Attempt
 from orchestrator.process.child import SpawnSpec, oom_kills, spawn
 from orchestrator.process.learned import Learned
 from orchestrator.process.standby import Standby
+from orchestrator.recovery.claim import claim_epoch, claim_nonce
 from orchestrator.recovery.prune import prune, sweep
 from orchestrator.shipping import Shipper
 from orchestrator.store_work import Finished, StoreWorker
 from trainer.contract import fence
 from trainer.contract.commands import append_command
 from trainer.contract.config import LaunchConfig, RunConfig
-from trainer.contract.manifest import parse_commit_id
 from trainer.contract.paths import RunPaths
 from trainer.contract.plan import ResumePlan
 from trainer.contract.store import Store, StoreError
@@ -140,7 +137,7 @@ class Effects:
             case WriteVerdict():
                 self._write_verdict(stored, decision)
             case PruneCheckpoints():
-                self._store_call(stored.id, decision.kind, lambda: _tidy(self.tools.store, decision))
+                self._store_call(stored.id, decision.kind, lambda: tidy(self.tools.store, decision))
             case Notify():
                 self._notify(stored, decision)
             case CaptureEvidence():
@@ -163,39 +160,8 @@ class Effects:
     def _claim(self, stored: StoredDecision, plan: ResumePlan) -> None:
         if self._starting is stored:
             journal_from = self.tools.shipper.begins(plan.epoch)
-            self._store_call(stored.id, "claim", lambda: self._claim_fence(plan, journal_from))
-
-    def _claim_fence(self, plan: ResumePlan, journal_from: int) -> None:
-        """In the store thread: claim the plan's epoch on what the plan builds on."""
-        store = self.tools.store
-        nonce = hashlib.sha256(f"{self.tools.config.name}/{plan.epoch}/{self.tools.nonce}".encode()).hexdigest()[:32]
-        present = fence.lineage(store)
-        if plan.candidates:
-            fence.ensure_ours(store, max(parse_commit_id(one).epoch for one in plan.candidates), present.epoch)
-        else:
-            store.make_place()
-        if present.epoch == plan.epoch and fence.read_fence(store, plan.epoch).nonce == nonce:
-            return  # claimed by us before we died
-        if plan.replay is not None:  # commits nothing, so the lineage stays what it was
-            base = present.commits[-1] if present.commits else None
-        else:
-            base = plan.candidates[0] if plan.candidates else None
-        inherited = present.up_to(base) if base else ()
-        ancestry = tuple(dict.fromkeys((*inherited, *(c for c in plan.candidates if c != base))))
-        fence.claim(
-            store,
-            fence.Fence(
-                run_id=plan.run_id,
-                epoch=plan.epoch,
-                nonce=nonce,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                base=base,
-                ancestry=ancestry,
-                plan=plan.model_dump(mode="json"),
-                journal_from=journal_from,
-            ),
-        )
+            nonce = claim_nonce(self.tools.config.name, plan.epoch, self.tools.nonce)
+            self._store_call(stored.id, "claim", lambda: claim_epoch(self.tools.store, plan, nonce, journal_from))
 
     def _spawn(self, stored: StoredDecision, plan: ResumePlan) -> None:
         """The epoch is ours: write the plan, start the process blocked, journal it, let it run."""
@@ -317,7 +283,7 @@ class Effects:
             case None:
                 self.settle(finished.decision)
             case StoreError() as error:
-                wait_s = min(_RETRY_MOST_S, _RETRY_FIRST_S * 2**tries)
+                wait_s = retry_wait_s(tries)
                 _LOG.warning("store_call_failed", call=what, error=str(error), again_in_s=wait_s)
                 self.tools.metrics.count("store_retries_total")
                 self.timers.after(wait_s, lambda: self._again(finished.decision, what, call, tries + 1))
@@ -345,7 +311,13 @@ def spawn_spec(paths: RunPaths, launch: LaunchConfig, attempt: int) -> SpawnSpec
     return SpawnSpec(paths, attempt, launch.command, env, launch.threads)
 
 
-def _tidy(store: Store, decision: PruneCheckpoints) -> None:
+def retry_wait_s(tries: int) -> float:
+    """Before a failed store call is made again, for the so many-th time: ever more rarely."""
+    return float(min(_RETRY_MOST_S, _RETRY_FIRST_S * 2**tries))
+
+
+def tidy(store: Store, decision: PruneCheckpoints) -> None:
+    """Delete what was decided, and what earlier epochs left half done."""
     prune(store, decision.commits)
     if decision.epoch:
         sweep(store, decision.epoch)

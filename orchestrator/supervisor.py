@@ -119,8 +119,7 @@ class Supervisor:
         self._shipper = Shipper(self._journal, paths)
         tools = Tools(
             paths, setup.config, self._journal, setup.store, self._worker, metrics, nonce, self._shipper,
-            self._standby, self._telemetry.learned,
-        )  # fmt: skip
+            self._standby, self._telemetry.learned)  # fmt: skip
         self._journal.commit(Batch(meta={"nonce": nonce, "metrics_url": self._metrics_url or ""}))
         self._effects = Effects(tools)
         env = {name: secret.get_secret_value() for name, secret in setup.config.launch.env.items()}

@@ -8,6 +8,7 @@ import json
 import select
 import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -58,7 +59,7 @@ def open_engine(journal: Journal, make_core: MakeCore) -> tuple[Core, dict[str, 
 
 def take_over(journal: Journal, effects: Effects, paths: RunPaths, deadlines: DeadlinesConfig) -> Taken:
     """Settle what no longer applies, adopt what lives, and return what is to be done."""
-    pending = _still_valid(journal.pending(), effects)
+    pending = still_valid(journal.pending(), effects.settle)
     effects.tools.learned.observe_all(StepRecord.model_validate_json(step["record"]) for step in _newest(journal))
     row = journal.last_attempt()
     if row is None or row["ended_at_s"] is not None:
@@ -95,14 +96,14 @@ def _newest(journal: Journal) -> list[sqlite3.Row]:
     return list(journal.select("SELECT record FROM steps ORDER BY rowid DESC LIMIT ?", _LEARNED_FROM_STEPS))
 
 
-def _still_valid(pending: list[StoredDecision], effects: Effects) -> list[StoredDecision]:
+def still_valid(pending: list[StoredDecision], settle: Callable[[int, str], None]) -> list[StoredDecision]:
     """An end that was decided is history once the run is launched again, and with it the start that it overtook."""
     ends = [stored.id for stored in pending if isinstance(stored.decision, EndRun)]
     valid = []
     for stored in pending:
         overtaken = isinstance(stored.decision, StartAttempt) and any(end > stored.id for end in ends)
         if stored.id in ends or overtaken:
-            effects.settle(stored.id, "superseded by a new launch")
+            settle(stored.id, "superseded by a new launch")
         else:
             valid.append(stored)
     return valid

@@ -5,6 +5,7 @@ from statistics import median
 
 from monitors.window import MAD_TO_SIGMA
 from orchestrator.policy.context import Context
+from orchestrator.policy.rows import each_step
 from orchestrator.policy.state import Course, Incident
 from trainer.contract.plan import overlay_factor
 
@@ -19,8 +20,10 @@ def judge_recoveries(ctx: Context) -> None:
     """Called after each step. A recovery has worked when as many healthy steps lie beyond the place where it had been
     stopped as make a checkpoint good, and the steps that were run again are as low as they were."""
     state = ctx.state
+    lowered = {overlay.incident for overlay in state.overlays}
     for incident in state.incidents[-64:]:
-        _note_lr(ctx, incident)
+        if incident.lr_restored_step is None and incident.id in lowered:
+            _note_lr(ctx, incident)
         if incident.state != "recovering" or incident.resume_step is None:
             continue
         _account_recompute(ctx, incident)
@@ -36,7 +39,7 @@ def judge_recoveries(ctx: Context) -> None:
 
 def keep_course(ctx: Context, incident: Incident, loaded_step: int) -> None:
     """Before a rollback's steps leave the lineage: their losses up to the onset are what it will be held against."""
-    healthy = (row for row in ctx.state.history if loaded_step < row.step <= incident.onset_step - _LEAD)
+    healthy = each_step(ctx.state.history, loaded_step, incident.onset_step - _LEAD)
     ctx.state.courses[incident.id] = {row.step: row.loss for row in healthy if math.isfinite(row.loss)}
     while len(ctx.state.courses) > _MOST_COURSES:
         del ctx.state.courses[min(ctx.state.courses)]
@@ -49,7 +52,8 @@ def _course(ctx: Context, incident: Incident) -> Course | None:
     of the policy, and the noise of two medians.
     """
     before = ctx.state.courses.pop(incident.id, {})
-    after = [row.loss for row in ctx.state.history if row.step in before and math.isfinite(row.loss)]
+    rerun = each_step(ctx.state.history, min(before, default=0) - 1, max(before, default=0))
+    after = [row.loss for row in rerun if row.step in before and math.isfinite(row.loss)]
     if len(after) < _LEAST_ROWS:
         return None
     middle = median(before.values())
@@ -69,7 +73,7 @@ def _said(course: Course) -> str:
 def _note_lr(ctx: Context, incident: Incident) -> None:
     """The overlay of an incident has ramped back: that the LR applied is the one planned is proved by every record."""
     own = [overlay for overlay in ctx.state.overlays if overlay.incident == incident.id]
-    if incident.lr_restored_step is None and own and overlay_factor(tuple(own), ctx.state.step) == 1.0:
+    if overlay_factor(tuple(own), ctx.state.step) == 1.0:
         incident.lr_restored_step = ctx.state.step
 
 

@@ -203,7 +203,8 @@ def _is_deterministic(ctx: Context, event: AttemptExited) -> bool:
         loaded_step=state.loaded_step,
     )  # fmt: skip
     before, state.last_failure = state.last_failure, failure
-    if event.cause not in _OF_THE_PROGRAM or before is None:
+    told = bool(event.frames) or (event.cause == "native_crash" and state.stepped)  # else there is nothing to compare
+    if event.cause not in _OF_THE_PROGRAM or not told or before is None:
         return False
     near = abs(before.step - failure.step) <= 1 and before.loaded_step == failure.loaded_step
     return near and before.signature == failure.signature

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from monitors.taxonomy import TAINTING, Finding, IncidentClass
 from orchestrator.policy.decisions import Decision, Notify, SendCommand
 from orchestrator.policy.model import Policy
+from orchestrator.policy.rows import end_of
 from orchestrator.policy.state import EngineState, Incident, RunFacts
 from trainer.contract.commands import ApplyPlan
 from trainer.contract.plan import PlanUpdate
@@ -84,7 +85,7 @@ class Context:
 
     def taints(self) -> list[Incident]:
         """Open or suspected incidents that may have damaged the state."""
-        return [i for i in self.state.incidents[-64:] if i.is_open and i.cls in TAINTING and i.state != "recovering"]
+        return [i for i in self.state.incidents[-64:] if i.cls in TAINTING and i.is_open and i.state != "recovering"]
 
     def tainted_from(self) -> int | None:
         """First step whose checkpoint may be damaged by what is open now, None if nothing is."""
@@ -96,7 +97,7 @@ class Context:
         state = self.state
         if step >= state.step:
             return state.position + (step - state.step) * self.facts.batch_samples
-        recorded = next((row.end for row in reversed(state.history) if row.step == step), None)
+        recorded = end_of(state.history, step)
         if recorded is not None:
             return recorded
         later = [c for c in state.commits if c.step >= step]

@@ -9,11 +9,13 @@ What falls between healthy and bad, or beyond the budget of steps, is inconclusi
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import islice, repeat
 from statistics import median
 from typing import Literal
 
 from monitors.window import MAD_TO_SIGMA
 from orchestrator.policy.model import Diagnose
+from orchestrator.policy.rows import each_step, up_to
 from orchestrator.policy.state import (
     Commit,
     DiagnosisByReplay,
@@ -49,8 +51,9 @@ def begin(
 ) -> DiagnosisByReplay:
     """Plan the replays from the first candidate to the detection."""
     target = candidates[0]
-    recorded = {row.step: _replayed(row) for row in state.history if row.step > target.step}
-    healthy = [row.loss for row in state.history if row.step < incident.onset_step and _is_sound(row)][-_HEALTHY_ROWS:]
+    recorded = {row.step: _replayed(row) for row in each_step(state.history, after=target.step)}
+    before = (row for row in reversed(up_to(state.history, incident.onset_step - 1)) if _is_sound(row))
+    healthy = [loss for row in islice(before, _HEALTHY_ROWS) for loss in repeat(row.loss, row.steps)][:_HEALTHY_ROWS]
     size = suspect[1] - suspect[0]
     control = (suspect[0] - size, suspect[0])
     level = median(healthy) if healthy else None

@@ -5,6 +5,7 @@ shell journals what goes in and what comes out, and carries decisions out (DESIG
 checker prove that every event is handled.
 """
 
+from collections.abc import Iterable
 from typing import Literal, assert_never
 
 from pydantic import BaseModel, ConfigDict
@@ -20,8 +21,8 @@ from monitors.records import (
     StartedRecord,
     StepRecord,
 )
-from monitors.taxonomy import IncidentClass
-from orchestrator.policy import attempts, diagnose, health
+from monitors.taxonomy import Finding, IncidentClass
+from orchestrator.policy import attempts, diagnose, health, stretch
 from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import CaptureEvidence, Decision, EndRun, SendCommand, StopAttempt
 from orchestrator.policy.events import (
@@ -30,11 +31,13 @@ from orchestrator.policy.events import (
     CheckpointRequested,
     CheckpointsPruned,
     Event,
+    FindingMade,
     HangConfirmed,
     HangSuspected,
     RecordReceived,
     ResumeRequested,
     RunOpened,
+    StepsPassed,
     StopRequested,
     Ticked,
 )
@@ -72,6 +75,11 @@ class Engine:
                 self._opened(ctx, event)
             case RecordReceived():
                 self._record(ctx, event.record)
+            case StepsPassed():
+                self._steps(ctx, event)
+            case FindingMade():
+                if event.attempt == self.state.attempt and self.state.replay is None:
+                    self._found(ctx, [event.finding])
             case AttemptSpawned():
                 self.state.spawned = event.attempt == self.state.attempt
             case AttemptExited():
@@ -178,9 +186,22 @@ class Engine:
         if record.command is not None and state.pending is None:
             on_evaluation(ctx, record.command, record.loss)
 
+    def _steps(self, ctx: Context, event: StepsPassed) -> None:
+        state = self.state
+        if event.attempt != state.attempt:
+            for save in event.saves:
+                health.on_save_ended(ctx, save)
+        elif event.replay or (state.replay is not None and state.pending is None):
+            stretch.replay_steps(ctx, event)
+        else:
+            stretch.pass_steps(ctx, event, lambda: expire_evaluations(ctx), lambda: self._overdue(ctx))
+
     def _observe(self, ctx: Context, record: Record) -> None:
+        self._found(ctx, self._diagnosis.observe(record))
+
+    def _found(self, ctx: Context, findings: Iterable[Finding]) -> None:
         overlays = len(self.state.overlays)
-        for finding in self._diagnosis.observe(record):
+        for finding in findings:
             if self.state.pending is None:  # what comes after the decision to leave belongs to a dead branch
                 on_finding(ctx, finding)
         if len(self.state.overlays) != overlays:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from monitors.records import Record
+from monitors.records import CommitRecord, Record
+from monitors.taxonomy import Finding
 from trainer.contract.plan import OrderSpec
 
 
@@ -48,6 +49,38 @@ class RecordReceived(_Event):
 
     kind: Literal["record_received"] = "record_received"
     record: Record
+
+
+class StepsPassed(_Event):
+    """Updates that differ in their place alone, with what was saved meanwhile: to the policy the same as their records.
+
+    A simulation feeds it in place of many step records; the detectors do not see it, their findings are events too.
+    `step`, `end` and `lr` are those of the last update, `samples`, `tokens` and `step_s` those of each.
+    """
+
+    kind: Literal["steps_passed"] = "steps_passed"
+    attempt: int
+    first_step: int
+    step: int
+    end: int
+    samples: int
+    tokens: int
+    step_s: float
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool = Field(default=False, description="the updates were not finite, and not applied")
+    replay: bool = False
+    saves: tuple[CommitRecord, ...] = Field(default=(), description="in order; each counts right after its own step")
+    thinned: bool = Field(default=False, description="others were made and pruned meanwhile: none of them was overdue")
+
+
+class FindingMade(_Event):
+    """The detectors have found something in records that are not journaled: what a simulation feeds."""
+
+    kind: Literal["finding_made"] = "finding_made"
+    attempt: int
+    finding: Finding
 
 
 class AttemptSpawned(_Event):
@@ -127,6 +160,8 @@ class Ticked(_Event):
 Event = Annotated[
     RunOpened
     | RecordReceived
+    | StepsPassed
+    | FindingMade
     | AttemptSpawned
     | AttemptExited
     | HangSuspected

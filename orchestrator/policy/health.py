@@ -2,7 +2,7 @@
 
 from monitors.records import CommitFailedRecord, CommitRecord, PlanAppliedRecord, StartedRecord, StepRecord
 from monitors.taxonomy import TAINTING, IncidentClass
-from orchestrator.policy import budgets
+from orchestrator.policy import budgets, rows
 from orchestrator.policy.aftercare import judge_recoveries, keep_course
 from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import PruneCheckpoints, WriteVerdict
@@ -12,35 +12,38 @@ from orchestrator.recovery.retention import Checkpoint, plan_retention
 from trainer.contract.manifest import parse_commit_id
 
 _ACCEPTED_AFTER_STEPS = 500  # as many as prove a checkpoint good after a slow divergence (DESIGN 6)
-_HISTORY_ROWS = 4096  # covers the widest rollback of the shipped policy (2,000 steps) twice
 
 
 def on_step(ctx: Context, record: StepRecord) -> None:
     """Keep the position and promote what has proven itself."""
     state = ctx.state
-    state.phase, state.stepped = "running" if state.pending is None else state.phase, True
-    state.step, state.position = record.step, record.data.end if record.data is not None else state.position
+    seconds = record.step_time_s.total if record.step_time_s is not None else 0.0
+    if record.tokens and seconds > 0:
+        state.tokens_per_s = record.tokens / seconds
+    state.trained_s += seconds
     state.tokens += record.tokens or 0
-    state.highest_step = max(state.highest_step, record.step)
     state.last_loss, state.last_lr = record.loss, record.lr
-    if record.tokens and record.step_time_s is not None and record.step_time_s.total > 0:
-        state.tokens_per_s = record.tokens / record.step_time_s.total
-    if record.step_time_s is not None:
-        state.trained_s += record.step_time_s.total
-    state.history.append(
-        HistoryRow(
-            step=record.step,
-            end=state.position,
-            at_s=state.now_s,
-            loss=record.loss,
-            grad_norm=record.grad_norm if record.grad_norm is not None else 0.0,
-            skipped=record.skip_reason == "non_finite",
-        )
+    row = HistoryRow(
+        step=record.step,
+        end=record.data.end if record.data is not None else state.position,
+        at_s=state.now_s,
+        loss=record.loss,
+        grad_norm=record.grad_norm if record.grad_norm is not None else 0.0,
+        skipped=record.skip_reason == "non_finite",
     )
-    if len(state.history) > 2 * _HISTORY_ROWS:
-        del state.history[:-_HISTORY_ROWS]
-    if record.skipped or (record.prevention is not None and record.prevention.gave_in):
-        state.unhealthy_until_step = record.step
+    unhealthy = record.skipped or (record.prevention is not None and record.prevention.gave_in)
+    came_to(ctx, row, healthy=not unhealthy)
+
+
+def came_to(ctx: Context, row: HistoryRow, *, healthy: bool) -> None:
+    """Updates were done, the last of them `row.step`; what follows from that for checkpoints and recoveries."""
+    state = ctx.state
+    state.phase, state.stepped = "running" if state.pending is None else state.phase, True
+    state.step, state.position = row.step, row.end
+    state.highest_step = max(state.highest_step, row.step)
+    rows.keep(state.history, row)
+    if not healthy:
+        state.unhealthy_until_step = row.step
     if state.pending is not None:
         return  # the last steps of an attempt that is to leave prove nothing
     _accept_damage(ctx)
@@ -51,8 +54,10 @@ def on_step(ctx: Context, record: StepRecord) -> None:
 def _accept_damage(ctx: Context) -> None:
     """What nobody has undone (observe mode, or an evaluation that refuted it) is in the end the run's own course."""
     state = ctx.state
+    if state.never_back_from is None:
+        return
     tainting = any(i.is_open and i.cls in TAINTING for i in state.incidents[-64:])
-    healthy_from = max(state.never_back_from or 0, state.unhealthy_until_step)
+    healthy_from = max(state.never_back_from, state.unhealthy_until_step)
     if not tainting and state.step - healthy_from >= _ACCEPTED_AFTER_STEPS:
         state.never_back_from = None
 
@@ -60,11 +65,10 @@ def _accept_damage(ctx: Context) -> None:
 def _promote(ctx: Context) -> None:
     """Good = K healthy steps beyond it, nothing open or suspected that may reach back to it (DESIGN 9)."""
     state, needed = ctx.state, ctx.facts.good_after_steps
-    tainted_from = ctx.tainted_from()
+    waiting = [commit for commit in state.commits if commit.standing == "committed" and not commit.tainted]
+    tainted_from = ctx.tainted_from() if waiting else None
     promoted = False
-    for commit in state.commits:
-        if commit.standing != "committed" or commit.tainted:
-            continue
+    for commit in waiting:
         proven = state.step - max(commit.step, state.unhealthy_until_step)
         if proven < needed or (tainted_from is not None and commit.step >= tainted_from):
             continue
@@ -170,7 +174,7 @@ def on_started(ctx: Context, record: StartedRecord) -> None:
     state.abandoned += [commit.id for commit in left if commit.standing != "bad"]
     state.commits = [commit for commit in state.commits if commit not in left]
     state.evals = [row for row in state.evals if row[0] <= record.step]
-    state.history = [row for row in state.history if row.step <= record.step]
+    state.history = rows.up_to(state.history, record.step)
     if state.reanchoring:
         _reanchor(ctx, record, lost)
     else:

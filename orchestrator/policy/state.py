@@ -156,7 +156,10 @@ class ReplayRow(_Mutable):
 
 
 class HistoryRow(_Mutable):
-    """What is kept of a surviving step: where its data ended, when it was, and what it gave."""
+    """What is kept of a surviving step: where its data ended, when it was, and what it gave.
+
+    With `steps` it stands for so many steps, the last of them `step`, that differ in their place alone.
+    """
 
     step: int
     end: int
@@ -164,6 +167,8 @@ class HistoryRow(_Mutable):
     loss: float
     grad_norm: float
     skipped: bool = False
+    steps: int = 1
+    samples: int = Field(default=0, description="raw positions of each of several steps")
 
 
 class DiagnosisByReplay(_Mutable):

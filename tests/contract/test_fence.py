@@ -1,12 +1,14 @@
 """Fences and facts: one writer wins an epoch, what a stale one does is inert, bad outranks good. On every store."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.contract import fence, verdicts
+from trainer.contract.backends import LocalBackend
 from trainer.contract.fence import Fence, FenceError, FenceLostError
 from trainer.contract.manifest import commit_id, manifest_key
 from trainer.contract.store import ObjectExists, Store, StoreUnavailable
@@ -167,3 +169,24 @@ def test_a_store_without_our_fence_is_not_ours(store: Store) -> None:
         fence.claim(store, make_fence(epoch))
     fence.claim(store, make_fence(2))
     fence.ensure_accepted(store, name)
+
+
+class _CutOnce(LocalBackend):
+    """Its first read ends early, as a bad transfer does."""
+
+    cut = False
+
+    def read(self, key: str, start: int, end: int | None, timeout_s: float) -> bytes:
+        data = super().read(key, start, end, timeout_s)
+        if self.cut:
+            return data
+        self.cut = True
+        return data[: len(data) // 2]
+
+
+def test_a_torn_read_of_a_fence_is_no_damage(tmp_path: Path) -> None:
+    """It is read again, so that a supervisor does not take a bad transfer for somebody else's fence and leave."""
+    store = Store(_CutOnce(tmp_path), "file://cut", 5.0)
+    fence.claim(store, make_fence(1))
+
+    assert fence.read_fence(store, 1).nonce == "n" * 16

@@ -6,6 +6,7 @@ rolled back and a stale writer's late commit are inert, without any clock or lea
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,16 +132,22 @@ def current_epoch(store: Store) -> int | None:
 
 
 def read_fence(store: Store, epoch: int) -> Fence:
-    """The body of an epoch's fence.
+    """The body of an epoch's fence. What a first reading finds wrong is read again: a bad transfer is no damage.
 
     Raises:
         FenceError: it is damaged.
     """
+    with suppress(ValidationError):
+        return _read_once(store, epoch)
     try:
-        return Fence.model_validate_json(store.read(fence_key(epoch)))
+        return _read_once(store, epoch)
     except ValidationError as error:
         why = f"{store.url}: {fence_key(epoch)} is damaged"
         raise FenceError(f"{why}; remove that object by hand (checkpoints are not touched by that)") from error
+
+
+def _read_once(store: Store, epoch: int) -> Fence:
+    return Fence.model_validate_json(store.read(fence_key(epoch)))
 
 
 def commits_present(store: Store) -> tuple[str, ...]:

@@ -103,7 +103,11 @@ def _is_key(key: str) -> bool:
 class Store:
     """Objects below one prefix. Every method raises `StoreError`, and `KeyInvalid` for a key that is none."""
 
-    def __init__(self, backend: Backend, url: str, timeout_s: float, allow_unconditional: bool = False) -> None:
+    def __init__(
+        self, backend: Backend, url: str, timeout_s: float, allow_unconditional: bool = False,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:  # fmt: skip
+        self._sleep = sleep
         self.backend = backend
         self.url = url
         self.timeout_s = timeout_s
@@ -225,7 +229,7 @@ class Store:
     def _create(self, key: str, attempt: Callable[[], None], is_ours: Callable[[], bool]) -> None:
         failure: StoreError | None = None
         for number in range(_CREATE_TRIES):
-            time.sleep(_RETRY_PAUSE_S * number)
+            self._sleep(_RETRY_PAUSE_S * number)
             try:
                 return self._guard(key, attempt)
             except (ObjectExists, StoreUnavailable) as error:
