@@ -1,5 +1,6 @@
 """Why an attempt ended: every row of the table, its order, and what it is read from."""
 
+import re
 import signal
 from pathlib import Path
 
@@ -121,3 +122,11 @@ def test_xids_are_read_from_the_kernels_records() -> None:
     assert xids_of(lines, 0) == (79, 31)
     assert xids_of(lines, 1_000_000) == (31,)
     assert xids_of("", 0) == ()
+
+
+def test_the_page_on_the_policy_has_every_cause() -> None:
+    """A table of causes that lacks one, or has one that is none, misleads whoever writes rules."""
+    page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    table = page.split("## Causes of a crash")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(CAUSES)

@@ -1,0 +1,1 @@
+"""Hours of everything: simulated weeks, power cuts under the journal and chaos on real processes, with fresh seeds."""
