@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-long search powercuts chaos soak simulate check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis bench-restart
+.PHONY: help setup demo test test-long search powercuts chaos soak mutants simulate check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis bench-restart
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -13,6 +13,7 @@ help:
 	@echo "make search  look for new counterexamples to what the tests state as rules"
 	@echo "make chaos   disturb a run on real processes 500 times (CYCLES=n SEED=s)"
 	@echo "make powercuts  cut the power 10,000 times under the journal (CUTS=n SEED=s)"
+	@echo "make mutants  plant known bugs, one after the other, and see the tests catch each"
 	@echo "make soak HOURS=n  simulate, powercuts and chaos with fresh seeds, round after round"
 	@echo "make simulate RUNS=n SEED=s  eight weeks of a run and its faults, n times over, each in about a second"
 	@echo "make check   format, lint, strict types and the rule of who may import whom"
@@ -50,6 +51,9 @@ powercuts: setup  # CUTS=n SEED=s: power cuts under the real journal; nothing ac
 
 chaos: setup  # CYCLES=n SEED=s: kill, stop and starve every process of a real run, over and over
 	$(BIN)/python -m tests.chaos --cycles $(or $(CYCLES),500) --seed $(or $(SEED),1)
+
+mutants: setup  # seeded bugs; each must be caught by the tests that are named for it
+	$(BIN)/python -m tests.mutants
 
 soak: setup  # HOURS=n: the three above with fresh seeds, round after round
 	$(BIN)/python -m tests.soak --hours $(or $(HOURS),1)
