@@ -36,7 +36,7 @@ class _Vfs(ctypes.Structure):
 _XOPEN = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.POINTER(_Vfs),
-    ctypes.c_char_p,
+    ctypes.c_void_p,
     ctypes.POINTER(_File),
     ctypes.c_int,
     ctypes.POINTER(ctypes.c_int),
@@ -96,11 +96,13 @@ class Recorder:
         finally:
             library.sqlite3_vfs_unregister(ctypes.byref(ours))
 
-    def _open(self, original: Any, path: bytes | None, file: Any, flags: int, out: Any) -> int:
+    def _open(self, original: Any, path: int | None, file: Any, flags: int, out: Any) -> int:
+        """`path` is the pointer itself: SQLite keeps it, and names further files after what it points to."""
         code: int = original.contents.open(original, path, file, flags, out)
-        if code == 0 and path is not None and file.contents.methods and Path(path.decode()).parent == self.root:
+        named = Path(ctypes.string_at(path).decode()) if path else None
+        if code == 0 and named is not None and file.contents.methods and named.parent == self.root:
             address = ctypes.addressof(file.contents)
-            self._names[address] = Path(path.decode()).name
+            self._names[address] = named.name
             if flags & _CREATE and flags & _JOURNAL_OR_WAL:
                 self._new.add(address)
             file.contents.methods = ctypes.pointer(self._noting(file.contents.methods.contents))
