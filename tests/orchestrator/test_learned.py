@@ -76,10 +76,8 @@ def test_a_process_that_is_stopped_is_suspected_and_long_spared() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"data": {"train": "x", "timeout_s": 301}}, ("data.timeout_s", "deadlines.train")),
         ({"checkpoint": {"patience_s": 1801}}, ("checkpoint.patience_s", "deadlines.save")),
         ({"store": {"url": "s", "timeout_s": 1801}}, ("store.timeout_s", "deadlines.save")),
-        ({"deadlines": {"grace_s": 1801}}, ("deadlines.grace_s", "deadlines.orphan_s")),
     ],
 )
 def test_time_outs_that_cannot_work_together_are_refused(changes: dict[str, object], named: tuple[str, str]) -> None:

@@ -371,15 +371,13 @@ class RunConfig(Section):
         """What is waited for must be over before whoever waits is taken for hung, or killed."""
         deadlines = self.deadlines
         ordered = (
-            ("data.timeout_s", self.data.timeout_s, "half of deadlines.train", deadlines.train / 2),
             ("checkpoint.patience_s", self.checkpoint.patience_s, "deadlines.save", deadlines.save),
             ("store.timeout_s", self.store.timeout_s, "deadlines.save", deadlines.save),
-            ("deadlines.grace_s", deadlines.grace_s, "deadlines.orphan_s", deadlines.orphan_s),
         )
         for shorter, short_s, longer, long_s in ordered:
             if short_s > long_s:
                 raise ValueError(
                     f"{shorter} ({short_s:g} s) must not be longer than {longer} ({long_s:g} s): what waits so long "
-                    f"would be ended before; lower {shorter} or raise {longer.rpartition(' ')[2]}"
+                    f"would be ended before; lower {shorter} or raise {longer}"
                 )
         return self
