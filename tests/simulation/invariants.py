@@ -134,6 +134,8 @@ class Invariants:
         if "without a new durable step" in end.because:
             rule = world.policy.on_no_progress
             return world.departures_since_save >= rule.attempts * len(rule.do)
+        if "twice the same failure" in end.because:
+            return len(world.failures) > 1 and _same(*world.failures[-2:])
         halted = next((i for i in reversed(shell.core.state.incidents) if i.outcome == "halted"), incident)
         if halted is None:
             return False
@@ -174,6 +176,10 @@ class Invariants:
             step, position = last, end_position
         self.require(step == world.profile.total_steps, f"the surviving history ends at update {step}")
         self.require(state.position == position, f"the engine is at {state.position}, the data at {position}")
+
+
+def _same(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    return one[0] == other[0] and abs(one[1] - other[1]) <= 1
 
 
 def _spent(core: Engine) -> Spent:

@@ -84,6 +84,7 @@ class World:
         self.claim: Callable[[Store, ResumePlan, str, int | None], None] = claim_epoch
         self.data_away_until_s = self.disk_full_until_s = -1.0
         self.departures_s: list[float] = []
+        self.failures: list[tuple[str, int]] = []
         self.departures_since_save = 0
         self.fatal_deaths = 0
         self.fired: Counter[str] = Counter()
@@ -95,8 +96,7 @@ class World:
         self._wants: Literal["operator", "preemption"] | None = None
         self._resume_because: str | None = None
         self._memory: bytes | None = None
-        self._directory = Path(tempfile.mkdtemp(prefix="longwatch-sim-", dir=_memory_directory()))
-        self.database = self._directory / "run.db"
+        self.database = Path()
         self.keeper = Keeper(
             self.clock, self.store, profile.upload_s, self._keeper_said, self._needed, self.check.stored
         )
@@ -107,6 +107,8 @@ class World:
         Raises:
             Broken: something that must hold does not; the message has what replays it.
         """
+        directory = Path(tempfile.mkdtemp(prefix="longwatch-sim-", dir=_memory_directory()))
+        self.database = directory / "run.db"
         try:
             self.launch()
             self.faults.begin()
@@ -119,7 +121,7 @@ class World:
         finally:
             if self.shell is not None and self.shell.alive:
                 self.shell.close()
-            shutil.rmtree(self._directory)
+            shutil.rmtree(directory)
 
     def where(self) -> str:
         """What replays this run, and how far it was."""
@@ -184,6 +186,7 @@ class World:
         self.trace(f"ended: {cause}")
         if cause not in ("preempted", "left", "orphaned", "finished", "replay_done"):
             self.departures_s.append(self.clock.now_s)
+            self.failures.append((cause, trainer.step))
             self.departures_since_save += cause != "data_unreachable"
         self.fatal_deaths += cause in ("data", "config", "checkpoint")
         return cause
