@@ -9,7 +9,7 @@ help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
 	@echo "make demo    train on this machine's own text, with three planted faults, in a few minutes"
 	@echo "make test    run all tests but the longest, in under ten minutes on two cores"
-	@echo "make test-long  run those"
+	@echo "make test-long  run those: 200 simulated runs, 30 cycles of chaos, whole runs in every variant"
 	@echo "make search  look for new counterexamples to what the tests state as rules"
 	@echo "make chaos   disturb a run on real processes 500 times (CYCLES=n SEED=s)"
 	@echo "make powercuts  cut the power 10,000 times under the journal (CUTS=n SEED=s)"
@@ -37,7 +37,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python examples/demo/demo.py
 
-test: setup
+test: setup  # all but the longest
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
 test-long: setup  # whole runs in every variant; CI runs them too

@@ -10,6 +10,7 @@ from tests.chaos.world import World
 pytestmark = pytest.mark.training
 
 
+@pytest.mark.long
 def test_thirty_cycles(tmp_path: Path) -> None:
     """Whatever dies, stands still or is full: the run goes on, nothing strays, the weights are those of a quiet run."""
     with small_disk(tmp_path, megabytes=96) as disk:

@@ -76,6 +76,7 @@ def test_more_steps_reorder_nothing(tmp_path: Path, corpus: Path) -> None:
     assert [row["data"]["begin"] for row in again.surviving_steps().values()] == [8 * n for n in range(24)]
 
 
+@pytest.mark.long
 def test_nothing_left_to_read_halts_the_run(tmp_path: Path, corpus: Path) -> None:
     """Every shard convicted in its turn: one attempt finds out, a person is paged; no restart, which could not help."""
     config = tiny_config(corpus, steps=12, evaluate={"every_steps": 1000})
@@ -161,6 +162,7 @@ def test_data_that_is_away_for_a_while_is_no_incident(tmp_path: Path, corpus: Pa
     assert sorted(run.surviving_steps()) == list(range(1, 301))
 
 
+@pytest.mark.long
 def test_data_that_is_away_for_longer_costs_a_restart_and_no_step(tmp_path: Path, corpus: Path) -> None:
     """The attempt saves what it has and leaves; the next one waits in its turn, and goes on where it was."""
     (port,) = s3.free_ports(1)

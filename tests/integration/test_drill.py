@@ -17,6 +17,7 @@ from tests.runs import Run, tiny_config
 pytestmark = pytest.mark.training
 
 
+@pytest.mark.long
 def test_a_sound_set_up_passes_and_nothing_is_left(tmp_path: Path, corpus: Path) -> None:
     """Killed, damaged, diverged: each check on the user's own run.yaml, whose own run is not touched."""
     run = Run(tmp_path, tiny_config(corpus, steps=1_000_000))

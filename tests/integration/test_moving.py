@@ -52,6 +52,7 @@ def test_another_machine_goes_on(tmp_path: Path, corpus: Path) -> None:
     assert moved.cli("ledger", "--check")["ok"]
 
 
+@pytest.mark.long
 def test_a_machine_that_was_only_asleep_commits_nothing(tmp_path: Path, corpus: Path) -> None:
     """All its processes stand still, another takes over, they wake: what they write is inert, and they end."""
     asleep = _machine(tmp_path / "a", tmp_path / "store", corpus)

@@ -28,6 +28,7 @@ def _final_tensors(run: Run) -> dict[str, str]:
     return {str(index): entry["crc32c"] for index, entry in enumerate(manifest["objects"])}
 
 
+@pytest.mark.long
 def test_sigkill_at_several_steps_changes_no_bit(tmp_path: Path, corpus: Path) -> None:
     """An undisturbed run and one killed three times end with the same losses and the same state, bit for bit."""
     kills = [{"kind": "sigkill", "steps": [step, step], "once": True} for step in (23, 51, 78)]

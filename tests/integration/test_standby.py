@@ -12,6 +12,7 @@ from tests.runs import Run, tiny_config
 pytestmark = pytest.mark.training
 
 
+@pytest.mark.long
 def test_forked_and_cold_attempts_agree_to_the_bit(tmp_path: Path, corpus: Path) -> None:
     """Killed where only the standby can have been ready: restarts are forks, losses are those of an undisturbed run."""
     steady = Run(tmp_path / "steady", tiny_config(corpus, steps=260))

@@ -89,6 +89,7 @@ def test_sustained_high_lr_relapses_and_halts(tmp_path: Path, corpus: Path) -> N
     assert second["decision"][-1] == "halt"
 
 
+@pytest.mark.long
 def test_persistent_damage_is_not_cured_by_restarting(tmp_path: Path, corpus: Path) -> None:
     """Weights thrown far away once: a policy that only writes it down keeps the damage, the rollback ends below it."""
     fault = {"kind": "lr_bomb", "steps": [80, 83], "factor": 300.0}

@@ -22,7 +22,7 @@ STORE: tuple[Mutant, ...] = (
     Mutant(
         "fence not checked before the manifest", "a superseded writer commits", "trainer/keeping/upload.py",
         "    ship()\n    fence.ensure_accepted(store, commit)\n", "    ship()\n",
-        ("tests/contract/test_fence.py", "tests/keeping/test_keepers.py", "tests/contract/test_every_failure.py"),
+        ("tests/keeping/test_upload.py",),
     ),
     Mutant(
         "manifest before the data", "a checkpoint exists whose data does not", "trainer/keeping/upload.py",

@@ -18,6 +18,7 @@ _SHORT = replace(
 )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", range(_PARTS))
 def test_eight_weeks_hold(part: int) -> None:
     """Every run finishes with nothing lost, nothing read twice, nobody stuck; goodput is what it should be."""
@@ -38,6 +39,7 @@ def test_a_seed_replays_exactly() -> None:
     assert worlds[0].kill_points == worlds[1].kill_points > 100
 
 
+@pytest.mark.long
 def test_a_supervisor_may_be_killed_at_every_place() -> None:
     """Before a transaction, after it, between two effects, around a spawn: at each place once, the run ends well."""
     world = World(_SHORT, 1)
@@ -70,3 +72,9 @@ def test_dalys_formula() -> None:
     assert best > daly_goodput(2.0, 3.09 * 3600, 60.0, interval_s=600.0)
     assert daly_of(PROFILES[0]) < best
     assert daly_goodput(2.0, 400 * DAY_S, 60.0) > 0.999
+
+
+def test_a_few_runs_of_each_kind() -> None:
+    """What `make test` has time for; the two hundred are among the long tests, ten thousand in `make simulate`."""
+    results = [simulate(profile_of(number), number) for number in range(1001, 1021)]
+    assert [one.why for one in results if isinstance(one, Failed)] == []

@@ -73,7 +73,7 @@ class TinyRun:
                 "evaluate": {"every_steps": 1000, "sequences": 16},
                 "checkpoint": SAVING,
                 "store": {"url": str(self.root / "store"), "timeout_s": 10},
-                "deadlines": {"save": 30},
+                "deadlines": {"save": 60},
                 "monitor": {"details_every": 5},
                 "launch": {"threads": 1},
                 **self.changes,
