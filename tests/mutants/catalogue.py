@@ -106,10 +106,10 @@ TRAINER: tuple[Mutant, ...] = (
     Mutant(
         "orphans stay", "a trainer without a supervisor never leaves", "trainer/orphan.py",
         "        return time.monotonic() - self._reporter.answered_s > self._patience_s\n", "        return False\n",
-        ("tests/trainer/test_loop.py", "tests/integration/test_process_faults.py"),
+        ("tests/trainer/test_main.py",),
     ),
     Mutant(
-        "two branches of a standby's fork share an output", "the standby's socket outlives its supervisor in a trainer",
+        "the standby's line is inherited", "a dead standby looks alive as long as a trainer lives",
         "trainer/standby.py", "    channel.close()\n    _become_attempt", "    _become_attempt",
         ("tests/orchestrator/test_standby.py",),
     ),

@@ -63,6 +63,8 @@ def test_a_fork_is_an_attempt_like_any_other(spec: SpawnSpec, standby: Standby) 
     status = Path(f"/proc/{child.identity.pid}/status").read_text()
     assert f"PPid:\t{os.getpid()}\n" in status
     assert not spec.paths.liveness(1).exists(), "it did something before it was released"
+    held = [os.readlink(entry) for entry in Path(f"/proc/{child.identity.pid}/fd").iterdir()]
+    assert not [name for name in held if name.startswith("socket:")], "it holds the standby's line to the supervisor"
     child.release()
     assert _end(child) == ExitStatus(code=2)  # there is no run.yaml
     assert "run.yaml" in spec.paths.exit_file(1).read_text()

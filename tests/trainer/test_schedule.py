@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.contract.config import ScheduleConfig
+from trainer.contract.plan import Overlay, overlay_factor
 from trainer.schedule import lr_at
 
 COSINE = ScheduleConfig(kind="cosine", warmup_steps=2000, min_ratio=0.0)
@@ -74,3 +75,11 @@ def test_every_schedule_rises_then_never_rises_again(
     tail = rates[warmup:]
     assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(tail))
     assert rates[-1] == pytest.approx(3e-4 * (1.0 if kind == "constant" else min_ratio))
+
+
+def test_of_several_overlays_the_smallest_applies() -> None:
+    """A cut that is made while another one holds deepens it, and never lifts it."""
+    halved = Overlay(from_step=1, factor=0.5, hold_until_step=50, ramp_steps=50)
+    tenth = Overlay(from_step=20, factor=0.1, hold_until_step=30, ramp_steps=0)
+    assert [overlay_factor((halved, tenth), step) for step in (10, 25, 40, 200)] == [0.5, 0.1, 0.5, 1.0]
+    assert overlay_factor((), 5) == 1.0
