@@ -85,3 +85,11 @@ def test_no_sequence_of_losses_breaks_it(values: list[float]) -> None:
     watch(diagnosis, [step_record(index + 1, value) for index, value in enumerate(values)])
 
     json.dumps(diagnosis.to_state(), allow_nan=False)
+
+
+def test_what_is_remembered_ends_at_the_loaded_step() -> None:
+    """Rows of a branch that was left would be a second, later history of the same steps."""
+    diagnosis = Diagnosis()
+    watch(diagnosis, records(healthy(), range(1, 201)))
+    diagnosis.rewind(120)
+    assert max(row["step"] for row in diagnosis.to_state()["history"]) == 120

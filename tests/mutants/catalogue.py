@@ -127,7 +127,7 @@ SUPERVISOR: tuple[Mutant, ...] = (
     Mutant(
         "released before it is journaled", "an orphan nobody knows of", "orchestrator/effects.py",
         "        identity = child.identity\n", "        identity = child.identity\n        child.release()\n",
-        ("tests/orchestrator/test_boundaries.py", "tests/orchestrator/test_supervisor.py"),
+        ("tests/orchestrator/test_release.py",),
     ),
     Mutant(
         "identity not compared", "a stranger with the number of a dead trainer is adopted",
@@ -172,7 +172,7 @@ POLICY: tuple[Mutant, ...] = (
     Mutant(
         "tainted commits become good", "a rollback loads the damage", "orchestrator/policy/health.py",
         "commit.standing == \"committed\" and not commit.tainted]", "commit.standing == \"committed\"]",
-        (_ENGINE, "tests/orchestrator/test_acceptance.py", "tests/orchestrator/test_tiers.py"),
+        ("tests/orchestrator/test_target.py",),
     ),
     Mutant(
         "good at once", "what proves itself is not waited for", "orchestrator/policy/health.py",
@@ -185,7 +185,7 @@ POLICY: tuple[Mutant, ...] = (
     Mutant(
         "rollback to the newest", "the onset is not looked at", "orchestrator/recovery/target.py",
         "    eligible = [c for c in commits if _is_good(c) and c.step <= latest]\n",
-        "    eligible = [c for c in commits if _is_good(c)]\n", (_ENGINE,),
+        "    eligible = [c for c in commits if _is_good(c)]\n", ("tests/orchestrator/test_target.py",),
     ),
     Mutant(
         "crash during an incident resumes from the damage", "the diverged loss is a new normal",
@@ -195,7 +195,8 @@ POLICY: tuple[Mutant, ...] = (
     ),
     Mutant(
         "not re-anchored", "a quarantine does not hold over the steps run again", "orchestrator/policy/health.py",
-        "\"from_position\": min(q.from_position, record.position)", "\"from_position\": q.from_position", (_ENGINE,),
+        "\"from_position\": min(q.from_position, record.position)", "\"from_position\": q.from_position",
+        ("tests/orchestrator/test_taking_effect.py",),
     ),
     Mutant(
         "late plans hold from when they were decided", "steps run again differ from what they were",
@@ -206,7 +207,8 @@ POLICY: tuple[Mutant, ...] = (
     Mutant(
         "clock set back stops time", "later starts wait for a clock that was wrong", "orchestrator/policy/engine.py",
         "        state.now_s = max(state.now_s, at_s + state.clock_set_back_s)\n",
-        "        state.now_s = max(state.now_s, at_s)\n", (_ENGINE, "tests/orchestrator/test_boundaries.py"),
+        "        state.now_s = max(state.now_s, at_s)\n",
+        ("tests/orchestrator/test_taking_effect.py",),
     ),
     Mutant(
         "detector not cleared", "a streak goes on over a restart", "monitors/detect/nonfinite.py",

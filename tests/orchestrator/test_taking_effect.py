@@ -2,9 +2,11 @@
 
 from monitors.records import PlanAppliedRecord
 from monitors.taxonomy import IncidentClass
+from orchestrator.policy import attempts
 from orchestrator.policy.context import Context
 from orchestrator.policy.decisions import SendCommand
-from orchestrator.policy.events import RecordReceived
+from orchestrator.policy.events import RecordReceived, Ticked
+from orchestrator.policy.state import Recovery
 from tests.orchestrator.simulated import World
 from trainer.contract.plan import Overlay, Quarantine
 
@@ -72,3 +74,30 @@ def test_one_outage_of_the_store_is_one_incident() -> None:
     world.run()
     overdue = [i for i in world.engine.incidents() if i.cls is IncidentClass.CHECKPOINT_OVERDUE]
     assert len(overdue) == 1
+
+
+def test_a_rollback_lets_what_began_later_hold_from_its_target() -> None:
+    """A quarantine of the branch that is left is not waited for again, nor is its lowered rate."""
+    world = _running(45)
+    _applied(world, _decided(world))
+    state = world.engine.state
+    engine, target = world.engine, next(c for c in state.commits if c.step == 20)
+    world.exit("killed")
+    ctx = Context(state, engine.policy, engine.facts)
+    attempts.start(ctx, Recovery(kind="restart", candidates=[target.id], reanchor=True))
+    for decision in ctx.decisions:
+        world.obey(decision)
+    world.load()
+    assert world.step == 20
+    assert state.quarantines[0].from_position == world.position
+    assert state.overlays[0].from_step == 21
+
+
+def test_a_clock_that_is_set_back_does_not_stop_time() -> None:
+    """What is due in ten seconds is due in ten seconds, whatever the clock was put to meanwhile."""
+    engine = World().engine
+    engine.fold(Ticked(at_s=1000.0))
+    engine.fold(Ticked(at_s=400.0))
+    before_s = engine.state.now_s
+    engine.fold(Ticked(at_s=410.0))
+    assert engine.state.now_s == before_s + 10.0
