@@ -3,8 +3,26 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO, cast
 
 import structlog
+
+
+class _Lines:
+    """A file to which a thread that outlives the block may still write: that goes nowhere, and ends no thread."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        """One line, as long as the file is open."""
+        with contextlib.suppress(ValueError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        """The same."""
+        with contextlib.suppress(ValueError):
+            self._file.flush()
 
 
 @contextlib.contextmanager
@@ -20,7 +38,7 @@ def log_to(path: Path) -> Iterator[None]:
                 structlog.processors.format_exc_info,
                 structlog.processors.JSONRenderer(),
             ],
-            logger_factory=structlog.WriteLoggerFactory(file),
+            logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Lines(file))),
             cache_logger_on_first_use=False,
         )
         try:
