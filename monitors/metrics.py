@@ -7,7 +7,7 @@ the lineage. What is unknown is NaN, never 0. The totals of all counters can be 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, assert_never
@@ -182,6 +182,7 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         info.labels(run_id, config_digest, version).set(1)
+        self._counters = list(self._all_counters())
         self._highest_step = 0
 
     def _made(self, metric: Metric) -> Any:
@@ -205,26 +206,24 @@ class Metrics:
 
     def totals(self) -> dict[str, float]:
         """What must outlive the supervisor: counters that are not 0 as `name{label}`, and when things last happened."""
-        totals = {key: float(child._value.get()) for key, child in self._counters()}
+        totals = {key: float(child._value.get()) for key, child in self._counters}
         totals |= {name: float(self._metrics[name]._value.get()) for name in _LASTING}
         return {key: value for key, value in totals.items() if value and not math.isnan(value)}
 
     def restore(self, totals: Mapping[str, float], step: int) -> None:
         """Go on from saved totals, with the lineage at `step`; a counter that exists no more is left out."""
         self._highest_step = step
-        for key, child in self._counters():
+        for key, child in self._counters:
             child.inc(totals.get(key, 0.0))
         for name in _LASTING:
             self.set(name, totals.get(name))
 
-    def _counters(self) -> list[tuple[str, Any]]:
-        found = []
+    def _all_counters(self) -> Iterator[tuple[str, Any]]:
         for metric in TABLE:
             if metric.kind == "counter":
                 for values in product(*metric.labels.values()):
                     made = self._metrics[metric.name]
-                    found.append((f"{metric.name}{{{','.join(values)}}}", made.labels(*values) if values else made))
-        return found
+                    yield f"{metric.name}{{{','.join(values)}}}", made.labels(*values) if values else made
 
     # -- folding ----------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Step N is the Nth update. Data positions are global and raw: `[begin, end)` of c
 strings "NaN", "Infinity" and "-Infinity", since JSON has no others. Norms are L2, losses nats a token, times seconds.
 """
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -96,6 +97,11 @@ class StepRecord(_Record):
         if not self.skipped:
             return None
         return (self.prevention and self.prevention.skipped) or "non_finite"
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether nothing of it needs anybody at once: applied, finite."""
+        return not self.skipped and math.isfinite(self.loss) and math.isfinite(self.grad_norm or 0.0)
 
 
 class PhaseRecord(_Record):

@@ -333,7 +333,7 @@ def set_aside(paths: RunPaths) -> Path | None:
 
 def _store(run: ResolvedRun) -> Store:
     try:
-        return open_store(run.config.store, run.source.parent, run.config.name)
+        return open_store(run.config.store, run.source.parent, run.config.name, apart=True)
     except StoreError as error:
         raise ConfigError([Problem(run.document.place(("store",)), "store", str(error))]) from error
 

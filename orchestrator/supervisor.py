@@ -212,8 +212,6 @@ class Supervisor:
         now_s = time.monotonic()
         attempt = self._effects.attempt
         departure = self._advance(attempt, ready, now_s) if attempt is not None else None
-        for role in self._keepers.watch(now_s):
-            self._telemetry.metrics.count("keeper_restarts_total", role)
         ticked = self._tick(now_s) if now_s >= self._next_tick_s else []
         read = bool(ticked) or departure is not None or (self._read_at_s is not None and now_s >= self._read_at_s)
         records = self._records(everything=departure is not None) if read else []
@@ -225,8 +223,7 @@ class Supervisor:
 
     def _patience_s(self) -> float:
         attempt = self._effects.attempt
-        watched_s = (attempt.due_s() if attempt else None, self._keepers.due_s())
-        due = (self._next_tick_s, self._read_at_s, self._effects.timers.due_s(), *watched_s)
+        due = (self._next_tick_s, self._read_at_s, self._effects.timers.due_s(), attempt.due_s() if attempt else None)
         return max(0.0, min(at_s for at_s in due if at_s is not None) - time.monotonic())
 
     def _process(self, events: Sequence[Event]) -> None:
@@ -306,6 +303,8 @@ class Supervisor:
     def _tick(self, now_s: float) -> list[Event]:
         planned_s, self._next_tick_s = self._next_tick_s, now_s + self._setup.tick_s
         reap_orphans()
+        for role in self._keepers.watch(now_s):
+            self._telemetry.metrics.count("keeper_restarts_total", role)
         attempt = self._effects.attempt
         if self._standby is not None and attempt is not None and attempt.step > 0 and not attempt.is_leaving:
             self._standby.keep(now_s)

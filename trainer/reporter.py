@@ -1,5 +1,7 @@
 """Records out of the trainer: appended to a file, which is the truth, and sent as a datagram, which may be lost.
 
+Whoever reads is woken by the datagram; what a step reports in the ordinary course waits for others of its kind, so that
+a run of fast steps costs its supervisor a transaction for several of them, not for each.
 Nothing here can stall the loop but the local disk. Whether anybody reads the socket also tells whether there is a
 supervisor (the orphan rule), so the time of the last accepted datagram is kept.
 """
@@ -13,12 +15,14 @@ from typing import Any, Self, TypeVar
 
 from pydantic import ValidationError
 
-from monitors.records import Record, parse_record
+from monitors.records import Record, StepRecord, parse_record
 from trainer.contract.paths import KeeperRole, RunPaths
 
 R = TypeVar("R", bound=Record)
 
 _TAIL_BYTES = 1 << 16
+_TOGETHER = 16  # ordinary steps that may share a datagram: no incident is noticed later than by so many steps,
+_TOGETHER_S = 1.0  # or than by this
 #: The socket is bound, only its buffer is full or the record too long for a datagram: somebody is there.
 _ANSWERED = (errno.EAGAIN, errno.EMSGSIZE, errno.ENOBUFS)
 
@@ -45,6 +49,8 @@ class Reporter:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._seq = _last_seq(self._file)
+        self._unsaid = 0
+        self._said_s = -_TOGETHER_S
         self._socket = _DatagramSender(bell)
 
     @property
@@ -65,8 +71,17 @@ class Reporter:
         line = record.model_dump_json().encode()
         _write_all(self._file, line + b"\n")
         self._seq += 1
-        self._socket.send(line)
+        self._say(record, line)
         return record
+
+    def _say(self, record: Record, line: bytes) -> None:
+        self._unsaid += 1
+        now_s = time.monotonic()
+        waits = self._unsaid < _TOGETHER and now_s - self._said_s < _TOGETHER_S
+        if waits and isinstance(record, StepRecord) and record.is_ordinary:
+            return
+        self._unsaid, self._said_s = 0, now_s
+        self._socket.send(line)
 
     def close(self) -> None:
         """Release file and socket."""

@@ -7,7 +7,6 @@ operator with a checkpoint, 75 preempted with a checkpoint, 130/143 ended by a s
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
@@ -32,6 +31,8 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version as installed_version  # slow to import, and wanted here only
+
         say(f"longwatch {installed_version('longwatch')}")
         raise typer.Exit
 

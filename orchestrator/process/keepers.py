@@ -73,10 +73,6 @@ class Keepers:
                 self._try_spawn(keeper, now_s)
         return died
 
-    def due_s(self) -> float | None:
-        """When `watch` is to be called next, beside the deaths."""
-        return min((k.again_s for k in self._keepers.values() if k.again_s is not None), default=None)
-
     def has_pending(self) -> bool:
         """Whether a snapshot is not on disk yet."""
         return arena.has_pending(self.paths.arena)

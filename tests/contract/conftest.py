@@ -25,7 +25,7 @@ def seaweedfs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.S3
         yield server
 
 
-@pytest.fixture(params=["file", "memory", "moto", "seaweedfs"])
+@pytest.fixture(params=["file", "memory", "moto", "seaweedfs", "apart"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     """An empty store of every kind."""
     unique = uuid.uuid4().hex
@@ -35,9 +35,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
         case "memory":
             config = StoreConfig(url=f"memory://{unique}")
         case kind:
-            server: s3.S3Server = request.getfixturevalue(f"{kind}_server")
+            server: s3.S3Server = request.getfixturevalue(f"{'seaweedfs' if kind == 'apart' else kind}_server")
             config = server.config(prefix=unique)
-    opened = open_store(config, tmp_path, "run-1")
+    opened = open_store(config, tmp_path, "run-1", apart=request.param == "apart")
     opened.make_place()
     yield opened
     opened.close()

@@ -1,5 +1,6 @@
 """Records: the file is the truth, the datagram may be lost, nothing stalls."""
 
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from monitors.records import PhaseRecord, parse_record
+from monitors.records import PhaseRecord, StepRecord, parse_record
 from trainer.contract.paths import RunPaths
 from trainer.reporter import Reporter
 
@@ -59,3 +60,40 @@ def test_a_stalled_supervisor_never_stalls_training(paths: RunPaths, inbox: sock
             reporter.emit(PhaseRecord, phase="train", step=step)
         assert reporter.answered_s > began_s
     assert len(paths.records(1).read_bytes().splitlines()) == 2000
+
+
+def test_ordinary_steps_share_a_datagram_and_nothing_else_waits(
+    paths: RunPaths, inbox: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second holds up to sixteen of them; what is not finite, not applied or no step is said at once."""
+    now_s = 100.0
+    monkeypatch.setattr("trainer.reporter.time.monotonic", lambda: now_s)
+    with Reporter(paths, 1) as reporter:
+
+        def said(count: int, loss: float = 1.0, **fields: bool) -> int:
+            for _ in range(count):
+                reporter.emit(StepRecord, step=1, loss=loss, grad_norm=1.0, **fields)
+            return _waiting(inbox)
+
+        assert said(1) == 1  # the first
+        assert [said(1) for _ in range(16)] == [0] * 15 + [1]
+        assert said(15) == 0
+        now_s += 1.0
+        assert said(1) == 1
+        assert said(3) == 0
+        assert said(1, loss=math.nan) == 1
+        assert said(1, skipped=True) == 1
+        assert said(1) == 0
+        reporter.emit(PhaseRecord, phase="save", step=1)
+        assert _waiting(inbox) == 1
+    assert len(paths.records(1).read_bytes().splitlines()) == 1 + 16 + 15 + 1 + 3 + 1 + 1 + 1 + 1
+
+
+def _waiting(inbox: socket.socket) -> int:
+    count = 0
+    while True:
+        try:
+            inbox.recv(1 << 16)
+        except BlockingIOError:
+            return count
+        count += 1

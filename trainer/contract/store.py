@@ -14,12 +14,10 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-import fsspec
-
-from trainer.contract.backends import Backend, FsspecBackend, LocalBackend
+from trainer.contract.backends import Backend, LocalBackend
 from trainer.contract.config import StoreConfig
 
 T = TypeVar("T")
@@ -247,14 +245,14 @@ class Store:
         try:
             return call()
         except self.backend.errors as error:
-            raise _meaning(self.url, key, error) from error
+            raise meaning(self.url, key, error) from error
 
     def _transfer_timeout(self, size: int) -> float:
         return self.timeout_s * max(1, -(-size // _TRANSFER_UNIT_BYTES))
 
 
-def _meaning(url: str, key: str | None, error: Exception) -> StoreError:
-    """Which of our errors a storage's error is."""
+def meaning(url: str, key: str | None, error: Exception) -> StoreError:
+    """Which of our errors a storage's error is. `url` and `key` say what it is about."""
     match error:
         case TimeoutError():
             return StoreUnavailable(url, "no answer within store.timeout_s; check the network and the server", key)
@@ -274,21 +272,24 @@ def _meaning(url: str, key: str | None, error: Exception) -> StoreError:
             return StoreReadOnly(url, "the directory is not writable by this user; change its owner or store.url", key)
         case PermissionError():
             return StoreDenied(
-                url, f"access denied ({_first_line(error)}); check store.key_env and store.secret_env", key
+                url, f"access denied ({first_line(error)}); check store.key_env and store.secret_env", key
             )
         case NotADirectoryError():
             return StoreReadOnly(url, "a part of the path is a file, not a directory; correct store.url", key)
         case _ if "redentials" in str(error):
             return StoreDenied(url, "no credentials found; name them with store.key_env and store.secret_env", key)
-    why = f"{type(error).__name__}: {_first_line(error)}; check store.url, store.endpoint_url and that the server is up"
+    why = f"{type(error).__name__}: {first_line(error)}; check store.url, store.endpoint_url and that the server is up"
     return StoreUnavailable(url, why, key)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, short enough for a message."""
     return (str(error).splitlines() or [""])[0][:200]
 
 
-def open_store(config: StoreConfig, base_dir: Path, prefix: str, env: Mapping[str, str] = os.environ) -> Store:
+def open_store(
+    config: StoreConfig, base_dir: Path, prefix: str, env: Mapping[str, str] = os.environ, *, apart: bool = False
+) -> Store:
     """The store of one run. Nothing is touched yet; `Store.probe` does that.
 
     Args:
@@ -296,6 +297,8 @@ def open_store(config: StoreConfig, base_dir: Path, prefix: str, env: Mapping[st
         base_dir: what a relative path in `file://./store` is relative to.
         prefix: the run's id; every object lies below it.
         env: where secrets are looked up by the names that the configuration gives.
+        apart: have a process of its own talk to a remote storage, so that this one needs none of its libraries and
+            memory, and cannot be held up or brought down by them.
 
     Raises:
         StoreConfigInvalid: an unknown protocol, a missing package, or a secret that is not in the environment.
@@ -308,44 +311,18 @@ def open_store(config: StoreConfig, base_dir: Path, prefix: str, env: Mapping[st
     url = _without_secrets(config.url).rstrip("/") + f"/{prefix}"
     if "@" in urlsplit(config.url).netloc:
         raise StoreConfigInvalid(url, "credentials in the URL end up in logs; use store.key_env and store.secret_env")
-    options = _options(config, protocol, url, env)
-    try:
-        fs = fsspec.filesystem(protocol, **options)
-    except (ImportError, ValueError) as error:
-        raise StoreConfigInvalid(url, f"{_first_line(error)}; correct the protocol or install its package") from error
-    root_path = f"{fs._strip_protocol(config.url)}".rstrip("/") + f"/{prefix}"
-    backend = FsspecBackend(fs, root_path, _errors_of(protocol))
-    return Store(backend, url, config.timeout_s, config.allow_unconditional)
+    return Store(_remote(config, url, prefix, env, apart=apart), url, config.timeout_s, config.allow_unconditional)
 
 
-def _options(config: StoreConfig, protocol: str, url: str, env: Mapping[str, str]) -> dict[str, Any]:
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if protocol not in ("s3", "s3a"):
-        return options
-    for option, name in (("key", config.key_env), ("secret", config.secret_env)):
-        if name is not None:
-            if not env.get(name):
-                raise StoreConfigInvalid(url, f"environment variable {name} is not set; store.{option}_env names it")
-            options[option] = env[name]
-    # botocore's own retries multiply with those of s3fs; ours in `Store.create` look before they repeat
-    settings: dict[str, Any] = {"retries": {"total_max_attempts": 2}, "connect_timeout": min(10.0, config.timeout_s)}
-    if config.endpoint_url is not None:
-        options["endpoint_url"] = config.endpoint_url
-        settings["s3"] = {"addressing_style": "path"}  # a private server rarely has a name for every bucket
-    return {**options, "config_kwargs": settings}
+def _remote(config: StoreConfig, url: str, prefix: str, env: Mapping[str, str], *, apart: bool) -> Backend:
+    """Imported here, because of what the libraries weigh."""
+    if apart:
+        from trainer.contract.apart import ApartBackend
 
+        return ApartBackend(config, url, prefix, env)
+    from trainer.contract.remote import open_remote
 
-def _errors_of(protocol: str) -> tuple[type[Exception], ...]:
-    """What a protocol's library raises beside OSError; imported only where it is used.
-
-    Of a library that we do not know, whatever it raises means that there was no answer.
-    """
-    if protocol not in ("s3", "s3a"):
-        return (OSError,) if protocol == "memory" else (Exception,)
-    from aiohttp import ClientError as TransportError
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    return (OSError, BotoCoreError, ClientError, TransportError)
+    return open_remote(config, url, prefix, env)
 
 
 def _without_secrets(url: str) -> str:
