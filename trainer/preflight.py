@@ -20,13 +20,13 @@ from ruamel.yaml.error import YAMLError
 
 from trainer.contract.config import DataConfig, RunConfig
 from trainer.contract.exit_codes import ExitCode
+from trainer.contract.sizes import nearest_existing, state_bytes
 from trainer.contract.store import StoreError, open_store
 from trainer.data.book import bring_up, changes, read_book
 from trainer.data.errors import DataError
 from trainer.data.manifest import DataManifest, Place, load_manifest, verify
 
 _MAX_CONFIG_BYTES = 1 << 20
-_STATE_BYTES = 12  # of a parameter in a checkpoint: weight and two moments in fp32
 _SPACED_STEPS = (100, 300, 1_000, 3_000, 10_000)  # one good checkpoint about so far back is kept
 _LOCAL = ("", "file", "local")
 
@@ -168,18 +168,18 @@ def store_problems(config: RunConfig, base_dir: Path) -> list[Problem]:
 
 def disk_problems(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Problem]:
     """A run directory that cannot be written, or too little room for checkpoints."""
-    existing = _nearest_existing(run_dir)
+    existing = nearest_existing(run_dir)
     if not existing.is_dir():
         return [Problem("disk", f"{existing} is a file, so {run_dir} cannot be made", "set run_dir to another place")]
     if not os.access(existing, os.W_OK | os.X_OK):
         return [Problem("disk", f"{existing} is not writable", "change its owner, or set run_dir to another place")]
-    one = _STATE_BYTES * parameters_of(config)
+    one = state_bytes(config)
     spaced = sum(steps < config.steps for steps in _SPACED_STEPS)
     # each save passes through the run directory: the newest stay there, one is being written, one is held in reserve
     needed = {existing.stat().st_dev: (existing, one * (config.checkpoint.keep_local + 2))}
     protocol, _, rest = config.store.url.rpartition("://")
     if protocol in _LOCAL:
-        place = _nearest_existing(base_dir / rest)
+        place = nearest_existing(base_dir / rest)
         # beside the good ones: those at spaced distances, step 0 and the newest; on one disk the local ones are links
         stored = one * (config.checkpoint.keep_good + spaced + 2)
         same = place.stat().st_dev in needed
@@ -193,20 +193,6 @@ def disk_problems(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Prob
                 Problem("disk", what, "free some, or keep fewer (keep_good and keep_local under checkpoint)")
             )
     return problems
-
-
-def parameters_of(config: RunConfig) -> int:
-    """About how many parameters the model has: 12 * layers * width^2 and the embedding."""
-    model = config.model
-    vocab = model.vocab_size or config.data.vocab_size or 256
-    return 12 * model.layers * model.width**2 + vocab * model.width
-
-
-def _nearest_existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """`longwatch check` and `doctor`: what is wrong, before it costs a night."""
 
-import os
-import shutil
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from orchestrator.cli.examined import tell
+from orchestrator.cli.find import JsonOption
 from orchestrator.cli.output import remark, say
-from orchestrator.config import resolve
-from orchestrator.errors import NetworkFilesystemError
+from orchestrator.config import ResolvedRun, resolve
+from orchestrator.doctor.disk import examine_disk
+from orchestrator.doctor.gpu import examine_gpus
+from orchestrator.doctor.machine import examine_machine
+from orchestrator.doctor.store import examine_store
+from orchestrator.findings import Finding
 from orchestrator.launching import changes_since
-from orchestrator.preflight import preflight
-from orchestrator.process.filesystem import refuse_network_filesystem
+from orchestrator.preflight import port_problems, preflight
 from orchestrator.process.lock import is_held
+from trainer.contract.sizes import nearest_existing, state_bytes
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's configuration.")]
 SetOption = Annotated[
@@ -40,50 +42,38 @@ def check(run_file: RunFile, sets: SetOption = None) -> None:
     say(f"{run_file}: ok; the run's files go to {run.paths.root}, its checkpoints to {run.config.store.url}")
 
 
-def doctor() -> None:
-    """Say what this machine offers, and what is missing."""
-    healthy = True
-    for what, found, good in _findings(Path.cwd()):
-        healthy &= good
-        say(f"{'ok' if good else 'missing':<8} {what:<12} {found}")
-    raise typer.Exit(0 if healthy else 1)
+def doctor(
+    run_file: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="Look at this run's disk, store and port as well.")
+    ] = None,
+    sets: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what this machine offers a long run, what is missing, and what to do about it. Takes some seconds.
+
+    Exit codes: 0 nothing failed, 1 something did, 2 usage or configuration.
+    """
+    run = resolve(run_file, sets or ()) if run_file is not None else None
+    findings = [*examine_machine(), *examine_gpus()]
+    if run is None:
+        findings += examine_disk(Path.cwd())
+    else:
+        findings += examine_disk(nearest_existing(run.paths.root), state_bytes(run.config))
+        findings += [*examine_store(run), *_port(run)]
+    raise typer.Exit(tell(findings, as_json=json))
 
 
-def _findings(here: Path) -> list[tuple[str, str, bool]]:
-    return [
-        ("python", sys.version.split()[0], sys.version_info >= (3, 11)),
-        ("torch", *_installed("torch")),
-        ("cores", str(len(os.sched_getaffinity(0))), True),
-        ("gpu", shutil.which("nvidia-smi") or "no nvidia-smi: training runs on the CPU", True),
-        ("disk", f"{shutil.disk_usage(here).free / 1e9:.1f} GB free at {here}", os.access(here, os.W_OK)),
-        ("filesystem", *_filesystem(here)),
-        ("memory", _shared_memory(), True),
-    ]
-
-
-def _installed(package: str) -> tuple[str, bool]:
-    try:
-        return version(package), True
-    except PackageNotFoundError:
-        return "not installed; `make setup` installs it", False
-
-
-def _shared_memory() -> str:
-    where = Path("/dev/shm")  # noqa: S108  (only looked at)
-    if not where.is_dir():
-        return "no shared memory: saves take as long as the run directory's disk"
-    return f"{shutil.disk_usage(where).free / 1e9:.1f} GB shared; a save wants two copies of the state there"
-
-
-def _filesystem(here: Path) -> tuple[str, bool]:
-    try:
-        refuse_network_filesystem(here)
-    except NetworkFilesystemError as error:
-        return str(error), False
-    return "local, so a run directory may lie here", True
+def _port(run: ResolvedRun) -> list[Finding]:
+    if is_held(run.paths.lock):
+        return [Finding("metrics port", "pass", "in use by the run itself")]
+    metrics = run.config.metrics
+    if problems := port_problems(metrics, run.document):
+        return [Finding("metrics port", "fail", str(one)) for one in problems]
+    seen = "none wanted" if metrics.port is None else f"{metrics.host}:{metrics.port}"
+    return [Finding("metrics port", "pass", seen)]
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command(epilog="Example: longwatch check run.yaml --set steps=1000")(check)
-    app.command(epilog="Example: longwatch doctor")(doctor)
+    app.command(epilog="Example: longwatch doctor run.yaml")(doctor)

@@ -1,21 +1,19 @@
 """`longwatch drill`: before a long run, see everything go wrong and right on this machine."""
 
 from contextlib import closing
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from orchestrator.cli.check import RunFile, SetOption
-from orchestrator.cli.output import remark, say, say_json, show
+from orchestrator.cli.examined import tell
+from orchestrator.cli.output import remark
 from orchestrator.config import resolve
-from orchestrator.drill.checks import Finding, gather, judge
+from orchestrator.drill.checks import gather, judge
 from orchestrator.drill.run import carry_out, drill_of, remove
 from orchestrator.journal import Journal
 from trainer.contract.store import open_store
 
-_STYLES = {"pass": "green", "warn": "yellow", "fail": "red"}
 _DAY_S = 86_400.0
 
 
@@ -47,22 +45,7 @@ def drill(
             remark(f"kept: {ours.paths.root}, and {ours.config.name} in {ours.config.store.url}")
         else:
             remove(ours)
-    if json:
-        say_json({"findings": [asdict(finding) for finding in findings]})
-    else:
-        show(_table(findings))
-        failed = sum(finding.verdict == "fail" for finding in findings)
-        say(f"{len(findings) - failed} passed, {failed} failed")
-    raise typer.Exit(1 if any(finding.verdict == "fail" for finding in findings) else 0)
-
-
-def _table(findings: list[Finding]) -> Table:
-    table = Table(box=None, header_style="bold")
-    for heading in ("", "what", "seen", "remedy"):
-        table.add_column(heading)
-    for one in findings:
-        table.add_row(f"[{_STYLES[one.verdict]}]{one.verdict}[/]", one.name, one.seen, one.remedy)
-    return table
+    raise typer.Exit(tell(findings, as_json=json))
 
 
 def register(app: typer.Typer) -> None:

@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from monitors.records import SnapshotRecord
 from orchestrator.drill.run import BOMB, FACTOR, HOLD_STEPS, KILLED_AT, MARGIN_STEPS, SAVE_EVERY, STEPS
+from orchestrator.findings import Finding
 from orchestrator.goodput import expected_goodput, interval_s
 from orchestrator.journal import Journal
 from orchestrator.ledger.check import violations
@@ -18,17 +19,6 @@ from trainer.contract.store import Store
 
 _SAME_SHARE = 0.004  # of the loss: the limit of loss_discontinuity
 _LR_SHARE = 1e-3
-Verdict = Literal["pass", "warn", "fail"]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the drill's table; `remedy` only where it did not pass."""
-
-    name: str
-    verdict: Verdict
-    seen: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from orchestrator.process.child import Child, ExitStatus, Usage, kill_leftovers,
 from orchestrator.process.kernel import xids_since
 from orchestrator.process.learned import Learned
 from orchestrator.process.lock import holders, is_free
+from orchestrator.process.stacks import OutsideLook
 from trainer.contract.commands import Leave, append_command
 from trainer.contract.config import DeadlinesConfig
 from trainer.contract.liveness import read_liveness
@@ -66,6 +67,7 @@ class Attempt:
         self._oom_before = oom_kills_before
         self._kill_at_s: float | None = None
         self._stacks_asked = False
+        self._outside = OutsideLook(paths.stacks(number))
         self._status: ExitStatus | None = None if child else ExitStatus()
         self._dead_since_s = now_s
         self._drain_at_s = now_s
@@ -119,14 +121,17 @@ class Attempt:
 
     def _ask_for_stacks(self) -> float:
         """Returns how long to wait for them."""
-        if self.child is None or self._stacks_asked:
+        if self._stacks_asked:
             return 0.0
         self._stacks_asked = True
-        return _STACKS_S if self.child.dump_stacks() else 0.0
+        return _STACKS_S if self.ask_for_stacks() else 0.0
 
     def ask_for_stacks(self) -> bool:
-        """Have the stacks written into the stacks file without stopping anything."""
-        return self.child is not None and self._status is None and self.child.dump_stacks()
+        """Have the stacks written into the stacks file without stopping anything: by its handler, and from outside."""
+        if self.child is None or self._status is not None:
+            return False
+        by_itself = self.child.dump_stacks()
+        return self._outside.begin(self.child.identity.pid) or by_itself
 
     def exited(self, now_s: float) -> None:
         """Its pidfd became readable."""
@@ -188,5 +193,6 @@ class Attempt:
 
     def close(self) -> None:
         """Release the descriptors; the process is not touched."""
+        self._outside.end()
         if self.child is not None:
             self.child.close()

@@ -58,6 +58,8 @@ def test_hang_is_confirmed_killed_and_survived(tmp_path: Path, corpus: Path, mod
     assert incident["phase"] == "train"
     assert "restart" in incident["decision"]
     assert sorted(run.surviving_steps()) == list(range(1, 51))
+    stacks = run.paths.stacks(1).read_text()
+    assert "trainer/loop.py" in stacks  # from outside, also where the trainer's own handler cannot run
 
 
 def test_sigterm_to_the_supervisor_saves_and_says_run_me_again(tmp_path: Path, corpus: Path) -> None:
