@@ -30,7 +30,7 @@ from orchestrator.recovery.prune import prune as delete
 from orchestrator.recovery.prune import sweep
 from orchestrator.recovery.retention import plan_retention
 from orchestrator.report.checkpoints import checkpoint_table, plan_table
-from orchestrator.report.facts import commit_times, run_status
+from orchestrator.report.facts import commit_times, stored_status
 from orchestrator.report.numbers import short
 from trainer.contract import fence, verdicts
 from trainer.contract.backends import LocalBackend
@@ -244,7 +244,8 @@ def _config(paths: RunPaths) -> RunConfig:
 def _store(paths: RunPaths) -> Iterator[Store]:
     config = _config(paths)
     with closing(open_store(config.store, paths.root, config.name)) as store:
-        stored = run_status(paths).get("last_stored_step")
+        with closing(Journal.read_only(paths.database)) as journal:
+            stored = stored_status(journal, paths).get("last_stored_step")
         if stored is not None and not fence.commits_present(store):
             raise StoreEmptyError(store.url, stored)
         yield store

@@ -3,11 +3,13 @@
 They read the journal, and never ask or disturb the supervisor.
 """
 
+import time
 from collections.abc import Iterable
 from contextlib import closing
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from orchestrator.cli.find import JsonOption, RunArgument, find_run
 from orchestrator.cli.output import out, say, say_json
@@ -31,7 +33,7 @@ class NoSuchIncidentError(OrchestratorError):
 
 def status(run: RunArgument = None, json: JsonOption = False) -> None:
     """Show where a run stands: step, loss, learning rate, checkpoints, incidents, what is left of the budget."""
-    facts = run_status(find_run(run))
+    facts = run_status(find_run(run), time.time())
     if json:
         say_json(facts)
         return
@@ -39,7 +41,21 @@ def status(run: RunArgument = None, json: JsonOption = False) -> None:
         out().print(line)
 
 
-def incidents(run: RunArgument = None, json: JsonOption = False) -> None:
+class _ListByDefault(TyperGroup):
+    """`incidents [RUN]` lists; `incidents show N [RUN]` tells all of one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Name the verb that was left out."""
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+incidents = typer.Typer(cls=_ListByDefault, help="What happened to a run: list (if no verb is named), show.")
+
+
+@incidents.command("list", epilog="Example: longwatch incidents runs/my-run --json")
+def list_incidents(run: RunArgument = None, json: JsonOption = False) -> None:
     """Show every incident of a run: what was seen, why, what was done about it and what it cost."""
     paths = find_run(run)
     with closing(Journal.read_only(paths.database)) as journal:
@@ -75,4 +91,5 @@ def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command(epilog="Example: longwatch status runs/my-run --json")(status)
     app.command(epilog="Example: longwatch explain 3 runs/my-run")(explain)
-    app.command(epilog="Example: longwatch incidents runs/my-run --json")(incidents)
+    incidents.command("show", epilog="Example: longwatch incidents show 3 runs/my-run")(explain)
+    app.add_typer(incidents, name="incidents", epilog="Example: longwatch incidents runs/my-run --json")

@@ -2,27 +2,49 @@
 
 import json
 from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
 from orchestrator.journal import Journal
 from orchestrator.process.lock import is_held
+from orchestrator.report.progress import WINDOW, seconds_left, trend
+from orchestrator.report.recent import recent_steps
+from orchestrator.report.time_spent import time_spent
 from trainer.contract.paths import RunPaths
 
 _ACTIVE = frozenset({"starting", "running", "recovering"})
 _NOT_SHOWN = frozenset({"suspected", "dismissed"})  # not yet, or no longer, believed to be incidents
 
 
-def run_status(paths: RunPaths) -> dict[str, Any]:
-    """The facts that `longwatch status --json` prints.
-
-    A run that says it is active while neither its supervisor nor any process of an attempt lives has stopped.
+def run_status(paths: RunPaths, now_s: float) -> dict[str, Any]:
+    """The facts that `longwatch status --json` prints. `now_s` is the time, in unix seconds.
 
     Raises:
         JournalError: there is no journal, or it can't be read.
     """
     with closing(Journal.read_only(paths.database)) as journal:
-        raw = journal.meta("status")
-    facts: dict[str, Any] = json.loads(raw) if raw else {"state": "starting", "step": 0}
+        facts = stored_status(journal, paths)
+        rows = recent_steps(journal, WINDOW)
+        spent = time_spent(journal, now_s)
+        shown = shown_incidents(journal)
+    moves = trend(rows)
+    left_s = seconds_left(rows, facts["total_steps"]) if rows and facts["state"] in _ACTIVE else None
+    return facts | {
+        "seconds_left": left_s,
+        "trend": asdict(moves) if moves is not None else None,
+        "goodput": spent.goodput,
+        "seconds_spent": asdict(spent),
+        "last_incident": shown[-1] if shown else None,
+    }
+
+
+def stored_status(journal: Journal, paths: RunPaths) -> dict[str, Any]:
+    """What the supervisor last said of the run, and whether anybody still works on it.
+
+    A run that says it is active while neither its supervisor nor any process of an attempt lives has stopped.
+    """
+    raw = journal.meta("status")
+    facts: dict[str, Any] = json.loads(raw) if raw else {"state": "starting", "step": 0, "total_steps": 0}
     facts = {"run_dir": str(paths.root), **facts, "supervised": is_held(paths.lock)}
     if facts["state"] in _ACTIVE and not facts["supervised"]:
         if is_held(paths.child_lock):

@@ -19,3 +19,13 @@ def loss_text(loss: float | str | None) -> str:
         return ""
     value = float(loss)
     return f"{value:.4f}" if math.isfinite(value) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 05 min`, `16 d 4 h`: two units at most."""
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86_400)
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import typer
 
-from orchestrator.cli.app import run
+from orchestrator.cli.app import MODULES, run
 from orchestrator.cli.write import schema_of
 from orchestrator.config import resolve, write_resolved
 from tests.orchestrator.clirun import write_journal, write_run
@@ -20,7 +22,8 @@ from trainer.contract.paths import RunPaths
 VERBS = (
     ["init"], ["check"], ["launch"], ["resume"], ["status"], ["stop"], ["checkpoint"], ["incidents"], ["checkpoints"],
     *(["checkpoints", verb] for verb in ("list", "verify", "pin", "unpin", "prune", "export")),
-    ["ledger"], ["replay"], ["data", "prepare"], ["schema"], ["doctor"],
+    ["ledger"], ["replay"], ["data", "prepare"], ["schema"], ["doctor"], ["drill"], ["explain"], ["watch"], ["logs"],
+    ["incidents", "show"],
 )  # fmt: skip
 
 
@@ -58,6 +61,31 @@ def test_command_starts_fast_and_without_torch() -> None:
     assert done.returncode == 0
     assert done.stdout.startswith("longwatch ")
     assert time.monotonic() - begun_s < 5.0  # a fraction of that on an idle machine; importing torch alone takes longer
+
+
+def test_every_verb_is_found_in_its_module() -> None:
+    """The table of modules is what they register, so that the help of all and the verb alone are the same thing."""
+    for module, verbs in MODULES.items():
+        app = typer.Typer()
+        import_module(f"orchestrator.cli.{module}").register(app)
+        names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+        assert (module, {*names, *(str(group.name) for group in app.registered_groups)}) == (module, set(verbs))
+
+
+@pytest.mark.parametrize(
+    ("verb", "heavy"),
+    [
+        ("launch", {"torch", "numpy", "fsspec", "s3fs", "botocore", "plotext"}),
+        ("status", {"torch", "numpy", "fsspec", "s3fs", "botocore", "plotext", "orchestrator.supervisor"}),
+    ],
+)
+def test_a_verb_loads_only_what_it_needs(verb: str, heavy: set[str]) -> None:
+    """Modules count twice: at every start, and in the memory of a supervisor that lives for weeks."""
+    code = f"import sys; from orchestrator.cli.app import app_for; app_for({verb!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    loaded = set(done.stdout.split())
+    assert heavy & loaded == set()
+    assert len(loaded) < 660
 
 
 @pytest.mark.parametrize("what", ["run", "policy"])
