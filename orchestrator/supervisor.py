@@ -15,7 +15,6 @@ from contextlib import ExitStack, closing
 
 import structlog
 
-from monitors.exporter import Exporter, ExporterError
 from monitors.metrics import Metrics
 from orchestrator.control import Server
 from orchestrator.core import MakeCore, Setup, Update
@@ -39,12 +38,13 @@ from orchestrator.process.attempt import Attempt, Departure
 from orchestrator.process.child import become_subreaper, reap_orphans
 from orchestrator.process.inbox import Bell, Inbox, keeper_number
 from orchestrator.process.keepers import Keepers
-from orchestrator.process.lock import RunLock, is_held
+from orchestrator.process.lock import RunLock
+from orchestrator.process.manager import ServiceManager
 from orchestrator.process.standby import Standby
 from orchestrator.shipping import MOVED, Shipper
 from orchestrator.store_work import StoreWorker
 from orchestrator.takeover import open_engine, take_over
-from orchestrator.telemetry import Telemetry
+from orchestrator.telemetry import Telemetry, serve
 from trainer.contract.paths import KEEPER_ROLES
 from trainer.contract.segments import send_segments
 from trainer.contract.store import StoreError
@@ -85,8 +85,10 @@ class Supervisor:
         with ExitStack() as stack:
             self._open(stack)
             self._begin()
+            self._manager.ready()
             while not self._is_over():
                 self._turn()
+            self._manager.leaving()
             return self._leave()
 
     # -- opening ----------------------------------------------------------------------------------------------------
@@ -98,8 +100,8 @@ class Supervisor:
         self._journal = stack.enter_context(closing(Journal.open(paths.database)))
         self._journal.patience = DiskPatience(setup.config.deadlines.orphan_s / 2)
         metrics = Metrics(setup.config.name, setup.config_digest[:12], setup.code_version)
-        if setup.config.metrics.port is not None:
-            self._metrics_url = self._serve(stack, metrics)
+        self._metrics_url = serve(stack, metrics, setup.config.metrics, paths)
+        self._manager = stack.enter_context(ServiceManager())
         self._core, totals = open_engine(self._journal, self._make_core)
         self._telemetry = Telemetry(metrics, setup.config.deadlines)
         self._telemetry.restore(totals, self._core.incidents(), self._core.status().step)
@@ -138,17 +140,6 @@ class Supervisor:
         standby = Standby(spec.environment(), setup.paths.standby_output)
         stack.callback(standby.stop)
         return standby
-
-    def _serve(self, stack: ExitStack, metrics: Metrics) -> str | None:
-        """The metrics' URL. A trainer that lives is rather supervised without metrics than not at all."""
-        host, port = self._setup.config.metrics.host, self._setup.config.metrics.port
-        try:
-            return stack.enter_context(Exporter(metrics.registry, host, port or 0)).url
-        except ExporterError as error:
-            if not is_held(self._setup.paths.child_lock):
-                raise
-            _LOG.error("metrics_not_served", error=str(error))
-            return None
 
     def _begin(self) -> None:
         """Take over what the last supervisor left, then tell the engine that the run is open."""
@@ -303,6 +294,8 @@ class Supervisor:
     def _tick(self, now_s: float) -> list[Event]:
         planned_s, self._next_tick_s = self._next_tick_s, now_s + self._setup.tick_s
         reap_orphans()
+        status = self._core.status()
+        self._manager.alive(f"{status.state}, step {status.step} of {status.total_steps}")
         for role in self._keepers.watch(now_s):
             self._telemetry.metrics.count("keeper_restarts_total", role)
         attempt = self._effects.attempt

@@ -2,17 +2,24 @@
 
 import json
 import time
+from contextlib import ExitStack
 
+import structlog
+
+from monitors.exporter import Exporter, ExporterError
 from monitors.metrics import Metrics, RunGauges
 from monitors.records import Record
 from orchestrator.journal import StoredDecision
 from orchestrator.policy.state import Incident, RunStatus
 from orchestrator.process.learned import Learned
+from orchestrator.process.lock import is_held
 from orchestrator.process.watch import deadline_s
-from trainer.contract.config import DeadlinesConfig
+from trainer.contract.config import DeadlinesConfig, MetricsConfig
 from trainer.contract.liveness import Phase
+from trainer.contract.paths import RunPaths
 
 _LEARNED_PHASES = (Phase.TRAIN, Phase.EVALUATE, Phase.SAVE)
+_LOG = structlog.get_logger(__name__)
 _MAY_CHANGE = 64  # the newest incidents; the engine looks at no older ones either
 
 
@@ -84,6 +91,25 @@ class Telemetry:
                 at_s=time.time(),
             )
         )
+
+
+def serve(stack: ExitStack, metrics: Metrics, config: MetricsConfig, paths: RunPaths) -> str | None:
+    """Serve /metrics while the stack holds; returns its URL, None where none is wanted.
+
+    A trainer that lives is rather supervised without metrics than not at all.
+
+    Raises:
+        ExporterError: the port is in use.
+    """
+    if config.port is None:
+        return None
+    try:
+        return stack.enter_context(Exporter(metrics.registry, config.host, config.port)).url
+    except ExporterError as error:
+        if not is_held(paths.child_lock):
+            raise
+        _LOG.error("metrics_not_served", error=str(error))
+        return None
 
 
 def _text(incident: Incident) -> str:

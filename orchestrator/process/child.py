@@ -239,7 +239,16 @@ def spawn(spec: SpawnSpec, standby: Standby | None = None) -> Child:
     assert pid is not None
     assert identity is not None, "a child that was not reaped keeps its entry in /proc"
     pidfd = os.pidfd_open(pid)
+    _offer_to_oom_killer(pid)
     return Child(spec.paths, spec.attempt, identity, pidfd, process, release_write, forked=process is None)
+
+
+def _offer_to_oom_killer(pid: int) -> None:
+    """A supervisor may be protected (OOMScoreAdjust of its unit) and hands that down; a trainer must not be."""
+    score = Path(f"/proc/{pid}/oom_score_adj")
+    with suppress(OSError):
+        if int(score.read_text()) < 0:
+            score.write_text("0")
 
 
 def adopt(paths: RunPaths, attempt: int, identity: Identity) -> Child | None:

@@ -10,6 +10,7 @@ from tests.chaos.cycles import Report, run_chaos, small_disk
 from tests.chaos.world import World
 
 _DISK_MB = 96
+_CYCLE_MB = 0.5  # what a cycle adds for good: journal and records of its steps
 
 
 def main() -> int:
@@ -18,7 +19,8 @@ def main() -> int:
     parser.add_argument("--cycles", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="longwatch-chaos-") as name, small_disk(Path(name), _DISK_MB) as disk:
+    disk_mb = round(_DISK_MB + _CYCLE_MB * arguments.cycles)
+    with tempfile.TemporaryDirectory(prefix="longwatch-chaos-") as name, small_disk(Path(name), disk_mb) as disk:
         world = World(Path(name) / "world", disk or Path(name))
         try:
             report = run_chaos(
