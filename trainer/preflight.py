@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ruamel.yaml.error import YAMLError
 
 from trainer.contract.config import DataConfig, RunConfig
 from trainer.contract.exit_codes import ExitCode
+from trainer.contract.paths import RunPaths
 from trainer.contract.sizes import nearest_existing, state_bytes
 from trainer.contract.store import StoreError, open_store
 from trainer.data.book import bring_up, changes, read_book
@@ -184,15 +186,32 @@ def disk_problems(config: RunConfig, base_dir: Path, run_dir: Path) -> list[Prob
         stored = one * (config.checkpoint.keep_good + spaced + 2)
         same = place.stat().st_dev in needed
         needed[place.stat().st_dev] = (place, stored + (2 * one if same else 0))
+    held = _held((RunPaths(run_dir).local_tier, base_dir / rest / config.name if protocol in _LOCAL else None))
     problems = []
-    for place, num_bytes in needed.values():
+    for device, (place, in_all) in needed.items():
         free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+        num_bytes = max(2 * one, in_all - held.get(device, 0))  # those of a run that goes on make room for new ones
         if free < num_bytes:
             what = f"{place} has {free / 1e9:.2f} GB free, checkpoints need about {num_bytes / 1e9:.2f} GB"
             problems.append(
                 Problem("disk", what, "free some, or keep fewer (keep_good and keep_local under checkpoint)")
             )
     return problems
+
+
+def _held(directories: Sequence[Path | None]) -> dict[int, int]:
+    """Bytes of all files below these directories by device; a file with several names counts once."""
+    sizes: dict[tuple[int, int], int] = {}
+    for directory in directories:
+        for at, _, names in os.walk(directory) if directory is not None else ():
+            for name in names:
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    stat = Path(at, name).stat()
+                    sizes[stat.st_dev, stat.st_ino] = stat.st_size
+    held: dict[int, int] = {}
+    for (device, _), size in sizes.items():
+        held[device] = held.get(device, 0) + size
+    return held
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.trainer.attempts import TinyRun
 from trainer.contract.exit_codes import ExitCode
-from trainer.preflight import Problem, check_file, main
+from trainer.contract.paths import RunPaths
+from trainer.contract.sizes import state_bytes
+from trainer.preflight import Problem, check_file, disk_problems, main
 
 
 def problems(run: TinyRun) -> list[Problem]:
@@ -60,6 +63,29 @@ def test_every_problem_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFi
 def test_what_does_not_fit_is_known_before(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     """Vocabulary, sample length and disk space are compared with what is there."""
     assert any(expected in str(problem) for problem in problems(TinyRun(tmp_path, changes)))
+
+
+def test_checkpoints_of_a_run_that_goes_on_make_room_for_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they take is given back as they are replaced; two more must fit all the same."""
+    run = TinyRun(tmp_path)
+    one, run_dir = state_bytes(run.config), tmp_path / "elsewhere"
+
+    def refused(free: int) -> bool:
+        room = SimpleNamespace(f_bavail=free, f_frsize=1)
+        monkeypatch.setattr("trainer.preflight.os.statvfs", lambda _: room)
+        return bool(disk_problems(run.config, tmp_path, run_dir))
+
+    assert not refused(100 * one)
+    assert refused(3 * one)
+    kept = RunPaths(run_dir).local_tier / "data"
+    kept.mkdir(parents=True)
+    with (kept / "one").open("wb") as file:
+        file.truncate(100 * one)
+    (tmp_path / "store").mkdir(exist_ok=True)
+    assert not refused(3 * one)
+    assert refused(one)
 
 
 def test_missing_data_names_the_place(tmp_path: Path) -> None:
