@@ -7,7 +7,7 @@ from monitors.taxonomy import IncidentClass
 from orchestrator.policy import diagnose
 from orchestrator.policy.budgets import allow_restart, backoff_s
 from orchestrator.policy.context import Context
-from orchestrator.policy.decisions import CaptureEvidence, EndRun, StartAttempt
+from orchestrator.policy.decisions import EXIT_CODES, CaptureEvidence, EndRun, StartAttempt
 from orchestrator.policy.events import AttemptExited
 from orchestrator.policy.model import Actions, Backoff
 from orchestrator.policy.rules import choose
@@ -103,7 +103,7 @@ def on_exit(ctx: Context, event: AttemptExited) -> Incident | None:
             diagnose.conclude(state, completed=event.cause == "replay_done")
         return _next_replay(ctx)
     if event.cause == "finished":
-        _end(ctx, "finished", 0, "all planned steps are done and the last checkpoint is committed")
+        _end(ctx, "finished", "all planned steps are done and the last checkpoint is committed")
     else:
         _answer(ctx, event)
     return None
@@ -134,7 +134,7 @@ def _carry_out(ctx: Context, pending: Recovery, event: AttemptExited) -> None:
             end_for(ctx, pending)
         case "stop" | "preempt":
             if event.cause == "finished":
-                _end(ctx, "finished", 0, "the last step was done when the stop came")
+                _end(ctx, "finished", "the last step was done when the stop came")
             else:
                 stop(ctx, pending.kind, pending.because)
 
@@ -143,21 +143,21 @@ def stop(ctx: Context, kind: Literal["stop", "preempt"], because: str) -> None:
     """End as asked. With a checkpoint to go on from the run can be launched again, and it is said what is not in it."""
     state = ctx.state
     saved = max((commit.step for commit in state.commits if commit.standing != "bad"), default=None)
-    phase, code, signum = ("stopped", 5, 130) if kind == "stop" else ("preempted", 75, 143)
+    phase, signum = ("stopped", 130) if kind == "stop" else ("preempted", 143)
     if saved is None:
-        _end(ctx, phase, signum, f"{because}; there is no checkpoint yet")
+        _end(ctx, phase, f"{because}; there is no checkpoint yet", exit_code=signum)
         return
     lost = state.step - saved
     unsaved = f", the {lost} steps after it are not" if lost > 0 else ""
-    _end(ctx, phase, code, f"{because}; checkpoint of step {saved} is saved{unsaved}")
+    _end(ctx, phase, f"{because}; checkpoint of step {saved} is saved{unsaved}")
 
 
 def end_for(ctx: Context, recovery: Recovery) -> None:
     """End the run because the policy says so; a person must take it up again."""
     if recovery.kind == "budget":
-        _end(ctx, "budget_used_up", 4, recovery.because)
+        _end(ctx, "budget_used_up", recovery.because)
     else:
-        _end(ctx, "halted", 3, recovery.because)
+        _end(ctx, "halted", recovery.because)
 
 
 def _answer(ctx: Context, event: AttemptExited) -> None:
@@ -179,14 +179,14 @@ def _answer(ctx: Context, event: AttemptExited) -> None:
         ctx.notify(actions.notify.level, f"{cls}: {event.cause}", why, incident.id)
     if actions.halt is not None or not (actions.restart or actions.widen_rollback):
         incident.state, incident.outcome, incident.end_step = "closed", "halted", state.step
-        _end(ctx, "halted", 3, why)
+        _end(ctx, "halted", why)
         return
     if _is_deterministic(ctx, event):
         incident.decision.append("halt")
         incident.state, incident.outcome, incident.end_step = "closed", "halted", state.step
         reason = f"twice the same failure at the same step from the same state, so a third try would fail too: {why}"
         ctx.notify("page", "deterministic failure", reason, incident.id)
-        _end(ctx, "halted", 3, reason)
+        _end(ctx, "halted", reason)
         return
     wait_s = _wait_s(ctx, incident, event.cause, rule.backoff if rule else None)
     if wait_s is not None:
@@ -242,7 +242,7 @@ def go_on(ctx: Context, recovery: Recovery, widenings: int = 0, wait_s: float = 
         names = [name for name in state.undelivered.candidates if name in present]
         recovery.reanchor = True
     if state.commits and not names:
-        _end(ctx, "halted", 3, f"{recovery.because}; no checkpoint is left that nothing speaks against")
+        _end(ctx, "halted", f"{recovery.because}; no checkpoint is left that nothing speaks against")
         return
     recovery.candidates = names[min(widenings, max(0, len(names) - 1)) :]
     start(ctx, recovery, wait_s)
@@ -258,7 +258,7 @@ def _may_try_again(ctx: Context, incident: Incident) -> bool:
             incident.state, incident.outcome, incident.end_step = "closed", "halted", state.step
             reason = f"{failed} attempts in a row without a new durable step; the last: {incident.why}"
             ctx.notify("page", "no progress", reason, incident.id)
-            _end(ctx, "halted", 3, reason)
+            _end(ctx, "halted", reason)
             return False
     return True
 
@@ -270,7 +270,7 @@ def _has_budget(ctx: Context, incident: Incident) -> bool:
         budget = ctx.policy.budgets.process
         reason = f"more than {budget.restarts} restarts in {budget.per:.0f} s; the last: {incident.why}"
         ctx.notify("page", "restart budget used up", reason, incident.id)
-        _end(ctx, "budget_used_up", 4, reason)
+        _end(ctx, "budget_used_up", reason)
         return False
     return True
 
@@ -289,7 +289,8 @@ def _fraction(ctx: Context) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _end(ctx: Context, phase: str, exit_code: int, because: str) -> None:
-    decision = EndRun.model_validate({"state": phase, "exit_code": exit_code, "because": because})
+def _end(ctx: Context, phase: str, because: str, *, exit_code: int | None = None) -> None:
+    code = EXIT_CODES[phase] if exit_code is None else exit_code
+    decision = EndRun.model_validate({"state": phase, "exit_code": code, "because": because})
     ctx.state.phase = decision.state
     ctx.decide(decision)

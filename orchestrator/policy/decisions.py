@@ -83,6 +83,10 @@ class CaptureEvidence(_Decision):
     attempt: int
 
 
+#: How a run may end, and the exit code that says so; without a checkpoint a stop is 130 or 143 instead (DESIGN 11).
+EXIT_CODES = {"finished": 0, "failed": 1, "halted": 3, "budget_used_up": 4, "stopped": 5, "preempted": 75}
+
+
 class EndRun(_Decision):
     """The supervisor leaves with this state and exit code."""
 

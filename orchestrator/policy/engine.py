@@ -24,7 +24,7 @@ from monitors.records import (
 from monitors.taxonomy import Finding, IncidentClass
 from orchestrator.policy import attempts, diagnose, health, stretch
 from orchestrator.policy.context import Context
-from orchestrator.policy.decisions import CaptureEvidence, Decision, EndRun, SendCommand, StopAttempt
+from orchestrator.policy.decisions import EXIT_CODES, CaptureEvidence, Decision, EndRun, SendCommand, StopAttempt
 from orchestrator.policy.events import (
     AttemptExited,
     AttemptSpawned,
@@ -132,13 +132,14 @@ class Engine:
         elif state.phase in ("stopped", "preempted", "failed"):
             self._restart(ctx, "launched again")
         elif state.phase in ("halted", "budget_used_up"):
-            code = 3 if state.phase == "halted" else 4
             because = "halted: look at `longwatch incidents`, then `longwatch resume RUN --because TEXT`"
-            ctx.decide(EndRun(state=state.phase, exit_code=code, because=because))
+            ctx.decide(EndRun(state=state.phase, exit_code=EXIT_CODES[state.phase], because=because))
         elif state.phase == "finished" and self.facts.total_steps > state.step:
             self._restart(ctx, f"{self.facts.total_steps} steps are planned now, {state.step} are done")
         elif state.phase == "finished":
-            ctx.decide(EndRun(state="finished", exit_code=0, because="the run is finished already"))
+            ctx.decide(
+                EndRun(state="finished", exit_code=EXIT_CODES["finished"], because="the run is finished already")
+            )
 
     def _restart(self, ctx: Context, because: str) -> None:
         attempts.go_on(ctx, Recovery(kind="restart", because=because))
