@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import check, checkpoints, control, data, drill, launch, ledger, look, replay, write
+from orchestrator.cli import check, checkpoints, control, data, drill, launch, ledger, look, replay, report, write
 from orchestrator.cli.output import remark, say
 from orchestrator.documents import ConfigError
 from orchestrator.errors import OrchestratorError
@@ -45,7 +45,7 @@ def _options(
     """Options before the verb."""
 
 
-for group in (write, check, drill, launch, look, checkpoints, ledger, control, replay, data):
+for group in (write, check, drill, launch, look, checkpoints, ledger, report, control, replay, data):
     group.register(app)
 
 

@@ -12,7 +12,7 @@ from orchestrator.journal import Journal
 from orchestrator.ledger.account import Account, Read, account
 from orchestrator.ledger.read import plans, shard_names
 from orchestrator.logbook import read, sums
-from orchestrator.logbook.model import Attempt, Configuration, IncidentFacts, Logbook, Opening, Skipped, Source
+from orchestrator.logbook.model import Attempt, Configuration, Logbook, Opening, Skipped, Source
 from orchestrator.logbook.signals import Curves, Sums, Update, values
 from orchestrator.logbook.tales import told
 from orchestrator.report.explain import rules_of

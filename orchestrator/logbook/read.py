@@ -74,9 +74,7 @@ def updates(journal: Journal, known: Fates) -> Iterator[Update]:
 
 def updates_between(journal: Journal, known: Fates, attempt: int, first: int, last: int) -> Iterator[Update]:
     """Those of an attempt, both ends included."""
-    query = (
-        "SELECT attempt, step, at_s, record FROM steps WHERE attempt = ? AND step BETWEEN ? AND ? ORDER BY attempt, step"
-    )
+    query = "SELECT attempt, step, at_s, record FROM steps WHERE attempt = ? AND step BETWEEN ? AND ? ORDER BY attempt, step"
     for row in journal.select(query, attempt, first, last):
         yield _update(row, known)
 
