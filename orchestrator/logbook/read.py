@@ -1,6 +1,7 @@
 """What the logbook reads of a run: its journal, and what the record files keep beside it."""
 
 import json
+import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,12 +75,12 @@ def updates(journal: Journal, known: Fates) -> Iterator[Update]:
 
 def updates_between(journal: Journal, known: Fates, attempt: int, first: int, last: int) -> Iterator[Update]:
     """Those of an attempt, both ends included."""
-    query = "SELECT attempt, step, at_s, record FROM steps WHERE attempt = ? AND step BETWEEN ? AND ? ORDER BY attempt, step"
+    query = "SELECT attempt, step, at_s, record FROM steps WHERE attempt = ? AND step BETWEEN ? AND ? ORDER BY step"
     for row in journal.select(query, attempt, first, last):
         yield _update(row, known)
 
 
-def _update(row: Mapping[str, Any], known: Fates) -> Update:
+def _update(row: sqlite3.Row, known: Fates) -> Update:
     attempt, step = row["attempt"], row["step"]
     return Update(attempt, step, known.survives(attempt, step), row["at_s"], parsed(row["record"]))
 

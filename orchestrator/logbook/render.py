@@ -38,7 +38,6 @@ def rendered(book: Logbook, form: Format) -> str:
 
 def write(book: Logbook, form: Format, path: Path) -> None:
     """Put a form where it belongs, whole or not at all, whoever else writes it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             file.write(rendered(book, form))

@@ -29,6 +29,7 @@ PANELS: dict[str, tuple[str, str, bool, int]] = {
     "saturated": ("Saturated units", "share by layer group", False, 300),
     "scaler": ("Loss scale", "fp16", True, 300),
 }
+_BRANCHES = ("Loss by position in the data", "nats a token", False, 0)
 _GROUPED = ("update_ratio", "grad_norms", "attention_logit_max", "second_moment_ratio")
 _PARTS = 80  # of the trend
 _NON_FINITE = 200  # listed; all are counted
@@ -59,7 +60,7 @@ def values(record: Mapping[str, Any]) -> Iterator[Value]:
     for key in ("grad_norm", "log_z", "scaler"):
         if record.get(key) is not None:
             yield key, key, number(record[key])
-    for key, name in (("lr", "applied"), ("lr_planned", "planned")):
+    for key, name in (("lr_planned", "planned"), ("lr", "applied")):
         if record.get(key) is not None:
             yield "lr", name, number(record[key])
     for key in _GROUPED:
@@ -110,13 +111,15 @@ class Curves:
 
 def panel_of(key: str, series: Mapping[str, Sequence[Curve]]) -> Panel:
     """A panel with its title and unit."""
-    title, unit, log, _ = PANELS[key]
+    title, unit, log, _ = PANELS.get(key, _BRANCHES)
     lines = [Series(name=name, curves=list(curves)) for name, curves in series.items()]
     return Panel(key=key, title=title, unit=unit, log=log and _is_positive(lines), series=lines)
 
 
 def _is_positive(series: Sequence[Series]) -> bool:
-    return all(value > 0.0 for one in series for curve in one.curves for value in curve.values)
+    """A ratio may be 0 for want of an update, and is then no point on a logarithmic scale."""
+    found = [value for one in series for curve in one.curves for value in curve.values]
+    return min(found) >= 0.0 and max(found) > 0.0
 
 
 class Sums:

@@ -85,6 +85,7 @@ def goodput(known: Sequence[Attempt], totals: Totals, counters: Mapping[str, flo
         return []
     ends = [one.ended_at_s if one.ended_at_s is not None else time.time() for one in known]
     wall_s = max(0.0, max(ends) - known[0].spawned_at_s)
+    began = [(one.spawned_at_s, one.first_update_at_s) for one in known if not one.replay]
     parts = [
         ("training", totals.kept_s, "updates that are part of the model"),
         ("redone", totals.lost_s, "updates of branches that were rolled back"),
@@ -92,9 +93,9 @@ def goodput(known: Sequence[Attempt], totals: Totals, counters: Mapping[str, flo
         ("saving", counters.get("checkpoint_stall_seconds_total{}", 0.0), "training stood still for a copy"),
         ("replays", sum(end - one.spawned_at_s for one, end in zip(known, ends, strict=True) if one.replay),
          "steps run again to find a cause"),
-        ("starting", sum(one.first_update_at_s - one.spawned_at_s for one in known if one.first_update_at_s is not None),
+        ("starting", sum(first_s - spawned_s for spawned_s, first_s in began if first_s is not None),
          "from the start of a process to its first update"),
-        ("down", sum(max(0.0, later.spawned_at_s - end) for end, (_, later) in zip(ends, pairwise(known), strict=False)),
+        ("down", sum(max(0.0, spawned_s - end) for end, (spawned_s, _) in zip(ends, began[1:], strict=False)),
          "no process ran"),
     ]  # fmt: skip
     rest = wall_s - sum(seconds for _, seconds, _ in parts)

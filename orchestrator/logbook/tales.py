@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from monitors.taxonomy import TAINTING
 from orchestrator.journal import Journal
 from orchestrator.logbook.model import Attempt, Curve, IncidentFacts, Panel, Worst
 from orchestrator.logbook.read import Fates, updates_between
@@ -18,6 +19,7 @@ Kind = Literal["bad", "warn", "good", "info"]
 _BEFORE, _AFTER, _MOST_BOX = 200, 40, 2000  # steps of the black box
 _WORST = 10
 _BRANCH_POINTS = 300
+_IN_OTHER_WORDS = frozenset({"samples", "sample_losses", "sample_steps"})  # evidence that the worst sequences show
 _BOX = ("loss", "grad_norm", "lr", "update_ratio", "grad_norms", "clip_factor")
 _OUTCOMES = {
     "came_back": "it came back by itself",
@@ -52,7 +54,7 @@ def told(
         outcome=incident["outcome"].replace("_", " ") or incident["state"],
         cause=_cause(incident),
         seen=incident["why"],
-        numbers=list(evidence_lines({"evidence": incident["evidence"]})),
+        numbers=list(evidence_lines({"evidence": _numbers(incident)})),
         sure=list(_sure(incident)),
         considered=list(rule_lines(incident, rules)),
         done=_done(incident),
@@ -62,6 +64,10 @@ def told(
         box=_box(box),
         branches=_branches(journal, incident, known, fate),
     )
+
+
+def _numbers(incident: Incident) -> dict[str, Any]:
+    return {name: value for name, value in incident["evidence"].items() if name not in _IN_OTHER_WORDS}
 
 
 def _cause(incident: Incident) -> str:
@@ -79,7 +85,7 @@ def _sure(incident: Incident) -> Iterator[str]:
     """How far the numbers stand out, and what else spoke for it or against it."""
     evidence = incident["evidence"]
     if (z := evidence.get("z")) is not None and (threshold := evidence.get("threshold_sigma")) is not None:
-        yield f"the loss stood {number(z):.1f} sigma above what was expected when it was classed; the limit is {threshold:g}"
+        yield f"the loss stood {number(z):.1f} sigma above its expectation when it was classed; the limit is {threshold:g}"
     if (z := evidence.get("grad_norm_z")) is not None:
         yield f"the gradient norm stood {number(z):.1f} sigma from its own"
     late = incident["detected_step"] - incident["onset_step"]
@@ -105,6 +111,8 @@ def _after(incident: Incident) -> Iterator[str]:
 def _worst(incident: Incident, box: Sequence[Update]) -> list[Worst]:
     """The ten highest losses of single sequences around it: those of its evidence, and the worst of each update."""
     evidence = incident["evidence"]
+    if incident["class"] not in TAINTING:
+        return []  # no sequence has a part in it
     named = zip(
         evidence.get("samples", []), evidence.get("sample_losses", []), evidence.get("sample_steps", []), strict=False
     )
@@ -147,14 +155,14 @@ def _branches(journal: Journal, incident: Incident, known: Sequence[Attempt], fa
     first, last = max(0, target - length), resume + length
     old = _by_position(updates_between(journal, fate, incident["attempt"], first, resume), last - first)
     new = _by_position(updates_between(journal, fate, after[0].attempt, target, last), last - first)
-    return panel_of("loss", {"left": [old], "kept": [new]}) if old and new else None
+    return panel_of("branches", {"rolled back": [old], "went on": [new]}) if old and new else None
 
 
 def _by_position(updates: Iterator[Update], most: int) -> Curve | None:
-    thinner, attempt, began_s = Thinner(), 0, None
+    thinner, attempt, survives, began_s = Thinner(), 0, True, None
     for place, update in enumerate(updates):
         began_s = update.at_s if began_s is None else began_s
-        attempt = update.attempt
+        attempt, survives = update.attempt, update.survives
         if data := update.record.get("data"):
             point = (data["end"], update.at_s - began_s, number(update.record["loss"]))
             thinner.add(place * _BRANCH_POINTS // max(most, _BRANCH_POINTS), point)
@@ -163,7 +171,7 @@ def _by_position(updates: Iterator[Update], most: int) -> Curve | None:
         return None
     return Curve(
         attempt=attempt,
-        survives=True,
+        survives=survives,
         steps=[position for position, _, _ in points],
         times_s=[round(seconds, 2) for _, seconds, _ in points],
         values=[rounded(value) for _, _, value in points],

@@ -27,14 +27,14 @@
   }
 
   // Curves that do not overlap share a line; what was rolled back is a line, or several, of its own.
-  function lines(panel) {
-    const many = panel.series.length > 1, found = [];
+  function lines(panel, whole) {
+    const many = panel.series.length > 1, branches = panel.key === "branches", found = [];
     panel.series.forEach((series, place) => {
       const groups = new Map();
       const layers = [];
       for (const curve of series.curves) {
         let key;
-        if (!curve.survives) {
+        if (!curve.survives && !whole) {
           let layer = layers.findIndex((end) => end < curve.steps[0]);
           if (layer < 0) layer = layers.push(-1) - 1;
           layers[layer] = curve.steps[curve.steps.length - 1];
@@ -47,24 +47,34 @@
         const lost = key.startsWith(LOST);
         const numbers = [...new Set(curves.map((curve) => curve.attempt))];
         const who = numbers.length > 4 ? `${numbers.length} attempts` : `attempt ${numbers.join(", ")}`;
-        const name = many ? series.name + (lost ? " (rolled back)" : "") : lost ? `rolled back (${who})` : who;
-        const base = many ? "c" + (place % COLOURS) : lost ? "lost" : "c" + ((numbers[0] - 1) % COLOURS);
-        found.push({ name, curves, lost, base, dash: many && place >= COLOURS });
+        const ofGroup = many && !branches;
+        const name = branches ? `${series.name} (${who})` : many ? series.name : lost ? `rolled back (${who})` : who;
+        const base = ofGroup ? "c" + (place % COLOURS) : lost ? "lost" : "c" + ((numbers[0] - 1) % COLOURS);
+        const dash = ofGroup && (place >= COLOURS || series.name === "planned");
+        found.push({ name, curves, lost, base, dash, shadow: ofGroup && lost ? series.name : "" });
       }
     });
     return found;
   }
 
   // A null between two pieces is a gap; what `join` adds for other lines is none.
-  function table(line, xs) {
+  function table(line, xs, log) {
     const x = [], y = [];
     for (const curve of line.curves) {
       if (x.length) { x.push(x[x.length - 1] + 1e-6); y.push(null); }
       curve[xs].forEach((at, i) => {
-        if (!x.length || at > x[x.length - 1]) { x.push(at); y.push(curve.values[i]); }
+        const value = curve.values[i];
+        if (!x.length || at > x[x.length - 1]) { x.push(at); y.push(log && value <= 0 ? null : value); }
       });
     }
     return [x, y];
+  }
+
+  function ends(xs) {
+    let least = Infinity, most = -Infinity;
+    for (const panel of facts.panels) for (const series of panel.series) for (const curve of series.curves)
+      for (const at of curve[xs]) { least = Math.min(least, at); most = Math.max(most, at); }
+    return [least, most];
   }
 
   // Where incidents were, behind the curves, and updates whose loss was not a number, below them.
@@ -97,9 +107,11 @@
     const { panel, kind, title, xs } = element.drawing;
     if (made.has(element)) { made.get(element).destroy(); made.delete(element); }
     const along = kind === "main" ? axis : "steps";
-    const found = lines(panel);
+    const found = lines(panel, typeof kind === "number");
     if (!found.length) return;
-    const data = uPlot.join(found.map((line) => table(line, along)), found.map(() => [0, 2]));
+    const tables = found.map((line) => table(line, along, panel.log));
+    if (kind === "main") tables.push([ends(along)]); // all charts of the run are as long as the run
+    const data = uPlot.join(tables, tables.map(() => [0, 1]));
     const tick = { stroke: colour("line"), width: 1, size: 5 }, grid = { stroke: colour("grid"), width: 1 };
     const font = "11.5px system-ui,sans-serif";
     const inTime = along === "times_s";
@@ -121,14 +133,24 @@
         { label: xs || (inTime ? "time" : "step"),
           value: (_, value) => (value === null ? "–" : inTime ? span(value) : Math.round(value).toLocaleString("en")) },
         ...found.map((line) => ({
-          label: line.name, spanGaps: false,
+          label: line.name, spanGaps: false, class: line.shadow ? "shadow" : "",
+          ...(panel.key === "clip_factor" ? { paths: () => null } : {}), // not every update is clipped
           stroke: line.lost ? faded(colour(line.base), 0.42) : colour(line.base),
           width: line.lost ? 1 : 1.4, dash: line.dash ? [5, 3] : undefined,
-          points: { show: (u, _, from, to) => to - from < 60, size: 4 },
+          points: { show: (u, _, from, to) => panel.key === "clip_factor" || line.curves.every((one) => one.steps.length < 40), size: 4, fill: colour("card") },
           value: (_, value) => shown(value),
         })),
       ],
-      hooks: { drawClear: [(u) => marks(u, kind)],
+      hooks: {
+        // What was rolled back of a group is shown and hidden with the rest of it.
+        setSeries: [(u, place, options) => {
+          if (place === null || options.show === undefined) return;
+          found.forEach((line, i) => {
+            const follows = line.shadow && line.shadow === found[place - 1].name && i !== place - 1;
+            if (follows && u.series[i + 1].show !== options.show) u.setSeries(i + 1, { show: options.show });
+          });
+        }],
+        drawClear: [(u) => marks(u, kind)],
         setScale: [(u, scale) => { if (scale === "x" && kind === "main") follow(u); }] },
     }, data, element);
     chart.root.setAttribute("role", "img");
