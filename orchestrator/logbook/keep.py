@@ -38,7 +38,7 @@ class Keeper:
 
     def seen(self, standing: Standing) -> None:
         """How the run stands now; called with every update."""
-        if self._is_writing():
+        if self.is_writing:
             return
         now_s = self._clock()
         news = self._written is not None and standing != self._written
@@ -57,7 +57,9 @@ class Keeper:
         self._start()
         self._wait(max(0.0, end_s - self._clock()))
 
-    def _is_writing(self) -> bool:
+    @property
+    def is_writing(self) -> bool:
+        """Whether a writer still runs; one that has ended is looked at."""
         if self._writer is None:
             return False
         code = self._writer.poll()

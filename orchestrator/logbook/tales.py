@@ -85,7 +85,7 @@ def _sure(incident: Incident) -> Iterator[str]:
     """How far the numbers stand out, and what else spoke for it or against it."""
     evidence = incident["evidence"]
     if (z := evidence.get("z")) is not None and (threshold := evidence.get("threshold_sigma")) is not None:
-        yield f"the loss stood {number(z):.1f} sigma above its expectation when it was classed; the limit is {threshold:g}"
+        yield f"the loss stood {number(z):.1f} sigma above its trend when it was classed; the limit is {threshold:g}"
     if (z := evidence.get("grad_norm_z")) is not None:
         yield f"the gradient norm stood {number(z):.1f} sigma from its own"
     late = incident["detected_step"] - incident["onset_step"]

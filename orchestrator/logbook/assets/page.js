@@ -133,11 +133,11 @@
         { label: xs || (inTime ? "time" : "step"),
           value: (_, value) => (value === null ? "–" : inTime ? span(value) : Math.round(value).toLocaleString("en")) },
         ...found.map((line) => ({
-          label: line.name, spanGaps: false, class: line.shadow ? "shadow" : "",
+          label: line.name, spanGaps: false, ...(line.shadow ? { class: "shadow" } : {}),
           ...(panel.key === "clip_factor" ? { paths: () => null } : {}), // not every update is clipped
-          stroke: line.lost ? faded(colour(line.base), 0.42) : colour(line.base),
+          stroke: line.lost ? faded(colour(line.base), 0.55) : colour(line.base),
           width: line.lost ? 1 : 1.4, dash: line.dash ? [5, 3] : undefined,
-          points: { show: (u, _, from, to) => panel.key === "clip_factor" || line.curves.every((one) => one.steps.length < 40), size: 4, fill: colour("card") },
+          points: { show: (u, _, from, to) => panel.key === "clip_factor" || line.curves.every((one) => one.steps.length < (line.lost ? 4 : 30)), size: 4, fill: colour("card") },
           value: (_, value) => shown(value),
         })),
       ],
@@ -151,7 +151,11 @@
           });
         }],
         drawClear: [(u) => marks(u, kind)],
-        setScale: [(u, scale) => { if (scale === "x" && kind === "main") follow(u); }] },
+        setScale: [(u, scale) => {
+          if (scale !== "x") return;
+          [element.dataset.from, element.dataset.to] = [u.scales.x.min, u.scales.x.max];
+          if (kind === "main") follow(u);
+        }] },
     }, data, element);
     chart.root.setAttribute("role", "img");
     chart.root.setAttribute("aria-label", `${title}: ${found.map((line) => line.name).join(", ")}`);
