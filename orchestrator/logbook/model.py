@@ -131,6 +131,7 @@ class IncidentFacts(Facts):
     id: int
     cls: str
     kind: Literal["bad", "warn", "good", "info"]
+    of_training: bool = Field(description="about the loss or the weights, not about a process or its speed")
     onset_step: int
     detected_step: int
     end_step: int | None
@@ -146,7 +147,9 @@ class IncidentFacts(Facts):
     cost: str
     after: list[str]
     worst: list[Worst]
-    box: list[Panel] = Field(description="every update from 200 before the onset on; empty: not recorded")
+    box: list[Panel] = Field(
+        description="every update from 200 before the onset on, without times; empty: not recorded"
+    )
     branches: Panel | None = Field(description="the branch that was left and the one that replaced it, by data")
 
 

@@ -89,7 +89,9 @@ class Curves:
         """The values of one update, the `ordinal`th of all."""
         seconds = update.at_s - self._began_at_s
         for key, name, value in found:
-            thinner = self._open.setdefault((key, name, update.attempt, update.survives), Thinner())
+            place = (key, name, update.attempt, update.survives)
+            if (thinner := self._open.get(place)) is None:
+                thinner = self._open[place] = Thinner()
             bucket = ordinal * self._buckets[key] // self._updates
             thinner.add(bucket, (update.step, seconds, value))
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from monitors.taxonomy import TAINTING
 from orchestrator.journal import Journal
-from orchestrator.logbook.model import Attempt, Curve, IncidentFacts, Panel, Worst
+from orchestrator.logbook.model import Attempt, Curve, IncidentFacts, Panel, Series, Worst
 from orchestrator.logbook.read import Fates, updates_between
 from orchestrator.logbook.signals import PANELS, Curves, Update, number, panel_of, values
 from orchestrator.logbook.thin import Thinner, rounded
@@ -16,7 +16,7 @@ from orchestrator.report.incidents import after_text, cost_text
 Incident = Mapping[str, Any]
 Kind = Literal["bad", "warn", "good", "info"]
 
-_BEFORE, _AFTER, _MOST_BOX = 200, 40, 2000  # steps of the black box
+_BEFORE, _AFTER, _MOST_BOX = 200, 40, 320  # steps of the black box
 _WORST = 10
 _BRANCH_POINTS = 300
 _IN_OTHER_WORDS = frozenset({"samples", "sample_losses", "sample_steps"})  # evidence that the worst sequences show
@@ -46,6 +46,7 @@ def told(
         id=incident["id"],
         cls=incident["class"],
         kind=_KINDS.get(incident["outcome"], "warn"),
+        of_training=incident["class"] in TAINTING,
         onset_step=incident["onset_step"],
         detected_step=incident["detected_step"],
         end_step=incident["end_step"],
@@ -142,7 +143,15 @@ def _box(updates: Sequence[Update]) -> list[Panel]:
     curves = Curves(updates[0].at_s, len(updates), dict.fromkeys(PANELS, len(updates)))
     for place, update in enumerate(updates):
         curves.add(place, update, (value for value in values(update.record) if value[0] in _BOX))
-    return curves.panels()
+    return [
+        panel.model_copy(update={"series": [_without_times(series) for series in panel.series]})
+        for panel in curves.panels()
+    ]
+
+
+def _without_times(series: Series) -> Series:
+    """A box is read by step: a third of its bytes can go."""
+    return series.model_copy(update={"curves": [curve.model_copy(update={"times_s": []}) for curve in series.curves]})
 
 
 def _branches(journal: Journal, incident: Incident, known: Sequence[Attempt], fate: Fates) -> Panel | None:

@@ -3,6 +3,9 @@
 (() => {
   const facts = JSON.parse(document.getElementById("facts").textContent);
   const COLOURS = 6, LOST = "lost";
+  // Two take turns where attempts are so many that colours no longer tell them apart.
+  const attempts = facts.panels.length ? new Set(facts.panels[0].series[0].curves.map((curve) => curve.attempt)).size : 0;
+  const TURNS = attempts > 2 * COLOURS ? 2 : COLOURS;
   let axis = "steps";
   const made = new Map(); // element -> its chart
 
@@ -39,17 +42,17 @@
           if (layer < 0) layer = layers.push(-1) - 1;
           layers[layer] = curve.steps[curve.steps.length - 1];
           key = LOST + layer;
-        } else key = many ? "kept" : "kept" + (curve.attempt % COLOURS);
+        } else key = many ? "kept" : "kept" + (curve.attempt % TURNS);
         if (!groups.has(key)) groups.set(key, []);
         groups.get(key).push(curve);
       }
       for (const [key, curves] of groups) {
         const lost = key.startsWith(LOST);
         const numbers = [...new Set(curves.map((curve) => curve.attempt))];
-        const who = numbers.length > 4 ? `${numbers.length} attempts` : `attempt ${numbers.join(", ")}`;
+        const who = numbers.length > 4 ? `attempts ${numbers[0]}, ${numbers[1]} … ${numbers[numbers.length - 1]}` : `attempt ${numbers.join(", ")}`;
         const ofGroup = many && !branches;
         const name = branches ? `${series.name} (${who})` : many ? series.name : lost ? `rolled back (${who})` : who;
-        const base = ofGroup ? "c" + (place % COLOURS) : lost ? "lost" : "c" + ((numbers[0] - 1) % COLOURS);
+        const base = ofGroup ? "c" + (place % COLOURS) : lost ? "lost" : "c" + ((numbers[0] - 1) % TURNS);
         const dash = ofGroup && (place >= COLOURS || series.name === "planned");
         found.push({ name, curves, lost, base, dash, shadow: ofGroup && lost ? series.name : "" });
       }
@@ -85,8 +88,8 @@
     if (kind === "main" && axis === "steps") for (const one of facts.incidents) {
       const from = u.valToPos(one.onset_step, "x", true);
       const to = u.valToPos(one.end_step ?? facts.verdict.step, "x", true);
-      const tone = { bad: "bad", warn: "band", good: "band", info: "info" }[one.kind];
-      context.fillStyle = faded(colour(tone), one.kind === "info" ? 0.1 : 0.18);
+      const tone = one.kind === "bad" ? "bad" : one.of_training && one.kind !== "info" ? "band" : "info";
+      context.fillStyle = faded(colour(tone), tone === "info" ? 0.1 : 0.2);
       context.fillRect(from, top, Math.max(to - from, 2 * devicePixelRatio), height);
     }
     if (kind === "main" && axis === "steps") {
@@ -111,7 +114,7 @@
     if (!found.length) return;
     const tables = found.map((line) => table(line, along, panel.log));
     if (kind === "main") tables.push([ends(along)]); // all charts of the run are as long as the run
-    const data = uPlot.join(tables, tables.map(() => [0, 1]));
+    const data = uPlot.join(tables, tables.map(() => [0, 2])); // 2: a gap reaches to the next point of its own line
     const tick = { stroke: colour("line"), width: 1, size: 5 }, grid = { stroke: colour("grid"), width: 1 };
     const font = "11.5px system-ui,sans-serif";
     const inTime = along === "times_s";
