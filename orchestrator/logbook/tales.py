@@ -1,5 +1,6 @@
 """Incidents as they are told: what was recorded, put into words; what is not recorded is not said."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -122,9 +123,9 @@ def _worst(incident: Incident, box: Sequence[Update]) -> list[Worst]:
         if update.record.get("worst") and update.step >= incident["onset_step"]:
             position, loss = update.record["worst"]
             found.setdefault(position, (number(loss), update.step))
-    ranked = sorted(found.items(), key=lambda item: (item[1][0] == item[1][0], -item[1][0]))  # NaN is worse than any
+    ranked = sorted(found.items(), key=lambda item: (not math.isnan(item[1][0]), -item[1][0]))  # NaN is worse than any
     return [
-        Worst(position=position, loss=loss if loss == loss else None, step=step)
+        Worst(position=position, loss=None if math.isnan(loss) else loss, step=step)
         for position, (loss, step) in ranked[:_WORST]
     ]
 

@@ -88,3 +88,21 @@ def test_a_logbook_that_can_not_be_written_costs_nothing(paths: RunPaths) -> Non
     assert "run.db" in (paths.root / "logs" / "logbook.out").read_text()
     Keeper(RunPaths(paths.root / "gone"), every_s=600.0).finish(_LONG_S)
     assert not (paths.root / "gone").exists()
+
+
+def test_one_that_takes_long_is_followed_by_a_long_rest(paths: RunPaths) -> None:
+    """Twenty times as long: the logbook of a long run never becomes the work of the machine."""
+    clock = _Clock()
+    keeper = Keeper(paths, every_s=600.0, clock=clock)
+    keeper.seen(("running", 0, 0))
+    clock.now_s = 600.0
+    keeper.seen(("running", 0, 0))
+    clock.now_s = 700.0
+    _settle(keeper)
+    clock.now_s = 2699.0
+    keeper.seen(("running", 0, 0))
+    assert keeper.started == 1
+    clock.now_s = 2701.0
+    keeper.seen(("running", 0, 0))
+    assert keeper.started == 2
+    _settle(keeper)
