@@ -61,10 +61,10 @@
   }
 
   // A null between two pieces is a gap; what `join` adds for other lines is none.
-  function table(line, xs, log) {
+  function table(line, xs, log, whole) {
     const x = [], y = [];
     for (const curve of line.curves) {
-      if (x.length) { x.push(x[x.length - 1] + 1e-6); y.push(null); }
+      if (x.length && !whole) { x.push(x[x.length - 1] + 1e-6); y.push(null); }
       curve[xs].forEach((at, i) => {
         const value = curve.values[i];
         if (!x.length || at > x[x.length - 1]) { x.push(at); y.push(log && value <= 0 ? null : value); }
@@ -110,9 +110,10 @@
     const { panel, kind, title, xs } = element.drawing;
     if (made.has(element)) { made.get(element).destroy(); made.delete(element); }
     const along = kind === "main" ? axis : "steps";
-    const found = lines(panel, typeof kind === "number");
+    const whole = typeof kind === "number"; // a black box is of one attempt, whatever became of its steps
+    const found = lines(panel, whole);
     if (!found.length) return;
-    const tables = found.map((line) => table(line, along, panel.log));
+    const tables = found.map((line) => table(line, along, panel.log, whole));
     if (kind === "main") tables.push([ends(along)]); // all charts of the run are as long as the run
     const data = uPlot.join(tables, tables.map(() => [0, 2])); // 2: a gap reaches to the next point of its own line
     const tick = { stroke: colour("line"), width: 1, size: 5 }, grid = { stroke: colour("grid"), width: 1 };
