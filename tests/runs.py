@@ -78,7 +78,8 @@ def tiny_config(corpus: Path, **changes: Any) -> dict[str, Any]:
         "deadlines": {"grace_s": 20, "orphan_s": 60},
         "monitor": {"details_every": 10},
         "metrics": {"port": None},
-        "launch": {"threads": 1, "standby": False},  # two cores have enough to do; the standby has tests of its own
+        # two cores have enough to do; the standby and the logbook have tests of their own
+        "launch": {"threads": 1, "standby": False, "logbook_minutes": None},
     }
     return config | changes
 

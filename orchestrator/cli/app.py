@@ -32,6 +32,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "logs": ("logs",),
     "checkpoints": ("checkpoints",),
     "ledger": ("ledger",),
+    "report": ("report",),
     "control": ("stop", "checkpoint"),
     "replay": ("replay",),
     "data": ("data",),

@@ -14,6 +14,7 @@ from orchestrator.cli.find import NoSuchRunError, RunArgument, find_run
 from orchestrator.cli.output import out, remark
 from orchestrator.config import ResolvedRun, resolve, resolve_again
 from orchestrator.launching import Launch, prepare, supervise
+from orchestrator.logbook.keep import Keeper
 from orchestrator.policy.decisions import EndRun
 from orchestrator.policy.state import Incident
 from orchestrator.report.background import BackgroundFile
@@ -22,6 +23,8 @@ from orchestrator.report.live import Display, display_for
 from orchestrator.supervisor import Update
 
 _OUTPUT_ENDS_S = 2.0
+_LOGBOOK_ENDS_S = 10.0
+_NOT_IN_A_HURRY = frozenset({0, 1, 3, 4})  # the run came to its own end: nobody waits with a kill
 
 
 def launch(
@@ -76,11 +79,15 @@ def _watch(ready: Launch) -> None:
         console.print(line("data", change=change), markup=False)
     console.print(line("run", dir=str(ready.run.paths.root), store=ready.store.url), markup=False)
     display = display_for(console)
-    watcher = _Watcher(display)
+    minutes = ready.run.config.launch.logbook_minutes
+    keeper = None if minutes is None else Keeper(ready.run.paths, 60.0 * minutes)
+    watcher = _Watcher(display, keeper)
     for signum in (signal.SIGTERM, signal.SIGINT):  # in force before and after the supervisor takes signals in
         signal.signal(signum, watcher.interrupted)
     try:
         code = supervise(ready, watcher.update)
+        if keeper is not None:
+            keeper.finish(_LOGBOOK_ENDS_S if code in _NOT_IN_A_HURRY else 0.0)
     except ExporterError as error:
         remark(str(error))
         code = 2
@@ -100,10 +107,11 @@ def _has_descriptor(file: IO[str]) -> bool:
 
 
 class _Watcher:
-    """Hands the supervisor's updates to a display, and says once where the metrics are."""
+    """Hands the supervisor's updates to a display and a logbook, and says once where the metrics are."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Display, keeper: Keeper | None) -> None:
         self._display = display
+        self._keeper = keeper
         self._told = False
         self._ended = False
 
@@ -116,6 +124,8 @@ class _Watcher:
             self._ended = self._ended or any(isinstance(decision, EndRun) for decision in folded.decisions)
             self._display.folded(folded.event, folded.decisions)
         self._display.refresh(update.status, incidents)
+        if self._keeper is not None:
+            self._keeper.seen((update.status.state, update.status.incidents, update.status.open_incidents))
 
     def interrupted(self, signum: int, frame: object) -> None:
         """Once the end is decided and journaled, its exit code stands, however often somebody asks again."""

@@ -34,9 +34,9 @@ def explanation_lines(incident: Facts, rules: tuple[Rule, ...]) -> list[Text]:
     """The incident, its evidence, the rules considered, what stood against them, and what a person can do."""
     return [
         *incident_lines([incident]),
-        *_section("evidence", _evidence(incident)),
-        *_section("rules", _rules(incident, rules)),
-        *_section("then", _then(incident)),
+        *_section("evidence", evidence_lines(incident)),
+        *_section("rules", rule_lines(incident, rules)),
+        *_section("then", then_lines(incident)),
     ]
 
 
@@ -47,7 +47,8 @@ def _section(title: str, lines: Iterable[str]) -> Iterator[Text]:
         yield text.append(line)
 
 
-def _evidence(incident: Facts) -> Iterator[str]:
+def evidence_lines(incident: Facts) -> Iterator[str]:
+    """What was measured, by name, and what an evaluation or replays said of it."""
     for name, value in incident.get("evidence", {}).items():
         yield f"{name} = {', '.join(map(_number, value)) if isinstance(value, list) else _number(value)}"
     if validation := incident.get("validation"):
@@ -60,7 +61,8 @@ def _number(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _rules(incident: Facts, rules: tuple[Rule, ...]) -> Iterator[str]:
+def rule_lines(incident: Facts, rules: tuple[Rule, ...]) -> Iterator[str]:
+    """The rule that was chosen, those that were not, and the guard that stood against it."""
     total, considered = incident.get("rules", 0), incident.get("considered", [])
     if not total:
         yield "none was asked: it was not, or not yet, answered"
@@ -88,7 +90,8 @@ def _said(rule: Rule) -> str:
     return f"{'when ' + conditions + ' ' if conditions else ''}do {doing}"
 
 
-def _then(incident: Facts) -> Iterator[str]:
+def then_lines(incident: Facts) -> Iterator[str]:
+    """What became of it."""
     if (target := incident.get("target_step")) is not None:
         yield f"rolled back to the checkpoint of step {target}"
     if (resume := incident.get("resume_step")) is not None:

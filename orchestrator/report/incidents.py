@@ -56,14 +56,14 @@ def _lines(incident: Facts) -> list[Text]:
     ]
     if incident.get("shards"):
         lines.append(Text(f"   shard {', '.join(str(shard) for shard in incident['shards'])}"))
-    if after := _after(incident):
+    if after := after_text(incident):
         lines.append(Text(f"   after {after}"))
     if "cost" in incident:
         lines.append(Text(f"   cost  {cost_text(incident['cost'])}"))
     return lines
 
 
-def _after(incident: Facts) -> str:
+def after_text(incident: Facts) -> str:
     """What was seen of the recovery."""
     said = []
     if course := incident.get("course"):

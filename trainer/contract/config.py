@@ -297,6 +297,9 @@ class LaunchConfig(Section):
     env: dict[str, SecretStr] = Field(default_factory=dict)
     threads: int | None = Field(None, ge=1, description="CPU threads of the trainer; None: all cores")
     standby: bool = Field(True, description="keep a warm process for a fast restart (some 350 MB); our trainer only")
+    logbook_minutes: float | None = Field(
+        10.0, gt=0, description="report.html in the run directory is written this often, and at incidents; None: never"
+    )
 
 
 FaultKind = Literal[
