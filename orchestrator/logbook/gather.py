@@ -18,6 +18,7 @@ from orchestrator.logbook.tales import told
 from orchestrator.report.explain import rules_of
 from orchestrator.report.facts import run_status, shown_incidents
 from orchestrator.report.ledger import shard_name
+from orchestrator.report.time_spent import time_spent
 from trainer.contract.paths import RunPaths
 
 _MOST_INCIDENTS = 60  # with black boxes; of more, the newest and those that cost steps
@@ -30,10 +31,11 @@ def gather(paths: RunPaths) -> Logbook:
     Raises:
         JournalError: there is no journal, or it can't be read.
     """
-    status = run_status(paths)
+    now_s = time.time()
+    status = run_status(paths, now_s)
     with closing(Journal.read_only(paths.database)) as journal:
         known = read.attempts(journal)
-        began_s = known[0].spawned_at_s if known else time.time()
+        began_s = known[0].spawned_at_s if known else now_s
         fate = read.fates(known)
         passed = _Pass.over(journal, fate, began_s)
         _add_rare(passed, paths, known, fate)
@@ -42,12 +44,12 @@ def gather(paths: RunPaths) -> Logbook:
         rules = rules_of(paths)
         totals = passed.sums.totals()
         checkpoints, left_out = sums.checkpoints(journal, known)
-        goodput = sums.goodput(known, totals, json.loads(journal.meta("totals") or "{}"))
+        spent = time_spent(journal, now_s)
         return Logbook(
             run=str(paths.root.name),
-            made_at_s=time.time(),
+            made_at_s=now_s,
             began_at_s=began_s,
-            verdict=sums.verdict(status, incidents, totals, goodput),
+            verdict=sums.verdict(status, incidents, totals, spent),
             panels=passed.curves.panels(),
             trend=passed.sums.trend(),
             totals=totals,
@@ -59,7 +61,7 @@ def gather(paths: RunPaths) -> Logbook:
             skipped=_skipped(passed, shard_names(journal), _sample_tokens(journal)),
             checkpoints=checkpoints,
             checkpoints_left_out=left_out,
-            goodput=goodput,
+            goodput=sums.goodput(spent),
             configuration=_configuration(paths, journal),
         )
 

@@ -1,8 +1,8 @@
 """What a logbook says in sums: the verdict, where the time went, how attempts differ, the checkpoints."""
 
 import json
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +10,7 @@ from orchestrator.journal import Journal
 from orchestrator.logbook import read
 from orchestrator.logbook.model import Attempt, Bucket, Checkpoint, Difference, Totals, Verdict
 from orchestrator.report.numbers import loss_text, short
+from orchestrator.report.time_spent import BUCKETS, TimeSpent
 
 _MOST_CHECKPOINTS = 120
 #: What is told of an attempt's machine and model; the rest of its start is its own.
@@ -19,11 +20,10 @@ _ROLLBACK = "roll_back"
 
 
 def verdict(
-    status: Mapping[str, Any], incidents: Sequence[Mapping[str, Any]], totals: Totals, goodput: Sequence[Bucket]
+    status: Mapping[str, Any], incidents: Sequence[Mapping[str, Any]], totals: Totals, spent: TimeSpent
 ) -> Verdict:
     """The run in a line."""
-    wall_s = sum(one.seconds for one in goodput)
-    share = totals.kept_s / wall_s if wall_s > 0.0 and totals.kept_s > 0.0 else None
+    share = spent.goodput if spent.training > 0.0 else None
     loss = status.get("loss")
     is_open = [one for one in incidents if one["state"] not in ("closed", "dismissed")]
     needs = list(_needs(status, is_open))
@@ -45,7 +45,7 @@ def verdict(
         loss=None if loss is None else float(loss),
         validation=status.get("validation"),
         goodput=share,
-        wall_s=wall_s,
+        wall_s=spent.wall,
         incidents=len(incidents),
         open_incidents=len(is_open),
         rollbacks=sum(_ROLLBACK in one["decision"] and not one["observed"] for one in incidents),
@@ -79,28 +79,13 @@ def _needs(status: Mapping[str, Any], still_open: Sequence[Mapping[str, Any]]) -
     return found
 
 
-def goodput(known: Sequence[Attempt], totals: Totals, counters: Mapping[str, float]) -> list[Bucket]:
-    """The wall time from the first start to the last sign, in parts that add up to it."""
-    if not known:
-        return []
-    ends = [one.ended_at_s if one.ended_at_s is not None else time.time() for one in known]
-    wall_s = max(0.0, max(ends) - known[0].spawned_at_s)
-    began = [(one.spawned_at_s, one.first_update_at_s) for one in known if not one.replay]
-    parts = [
-        ("training", totals.kept_s, "updates that are part of the model"),
-        ("redone", totals.lost_s, "updates of branches that were rolled back"),
-        ("evaluation", counters.get("evaluation_seconds_total{}", 0.0), "on held-out data"),
-        ("saving", counters.get("checkpoint_stall_seconds_total{}", 0.0), "training stood still for a copy"),
-        ("replays", sum(end - one.spawned_at_s for one, end in zip(known, ends, strict=True) if one.replay),
-         "steps run again to find a cause"),
-        ("starting", sum(first_s - spawned_s for spawned_s, first_s in began if first_s is not None),
-         "from the start of a process to its first update"),
-        ("down", sum(max(0.0, spawned_s - end) for end, (spawned_s, _) in zip(ends, began[1:], strict=False)),
-         "no process ran"),
-    ]  # fmt: skip
-    rest = wall_s - sum(seconds for _, seconds, _ in parts)
-    parts.append(("other", max(0.0, rest), "what nobody counts"))
-    return [Bucket(name=name, seconds=round(seconds, 3), what=what) for name, seconds, what in parts if seconds > 0.0]
+def goodput(spent: TimeSpent) -> list[Bucket]:
+    """The wall time in parts that add up to it; what took none is left out."""
+    return [
+        Bucket(name=name, seconds=seconds, what=BUCKETS[name])
+        for name, seconds in asdict(spent).items()
+        if seconds > 0.0
+    ]
 
 
 def differences(journal: Journal, known: Sequence[Attempt]) -> list[Difference]:

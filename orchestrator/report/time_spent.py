@@ -21,6 +21,7 @@ class TimeSpent:
     evaluation: float = 0.0
     stall: float = 0.0
     lost: float = 0.0
+    replay: float = 0.0
     starting: float = 0.0
     detection: float = 0.0
     down: float = 0.0
@@ -42,6 +43,7 @@ BUCKETS: Mapping[str, str] = {
     "evaluation": "evaluations",
     "stall": "training held up by saves",
     "lost": "steps that were run again later",
+    "replay": "steps run again to find a cause",
     "starting": "processes starting, state loading, until the first step",
     "detection": "from the last step of an attempt to its end",
     "down": "no attempt alive",
@@ -51,7 +53,7 @@ BUCKETS: Mapping[str, str] = {
 def time_spent(journal: Journal, now_s: float) -> TimeSpent:
     """Add up the attempts. `now_s` (unix seconds) ends one that still runs."""
     kept = {one.attempt: one for one in survivors(journal)}
-    training = lost = starting = detection = down = 0.0
+    training = lost = replay = starting = detection = down = 0.0
     over_s: float | None = None
     for row in journal.attempts():
         spawned_s, ended_s = row["spawned_at_s"], row["ended_at_s"] or now_s
@@ -59,7 +61,10 @@ def time_spent(journal: Journal, now_s: float) -> TimeSpent:
             down += max(0.0, spawned_s - over_s)
         first_s, last_s = _first_begin(journal, row["attempt"]), _last_end(journal, row["attempt"])
         over_s = ended_s
-        if first_s is None or last_s is None or row["replay"]:
+        if row["replay"]:
+            replay += max(0.0, ended_s - spawned_s)
+            continue
+        if first_s is None or last_s is None:
             starting += max(0.0, ended_s - spawned_s)
             continue
         survivor = kept.get(row["attempt"])
@@ -72,7 +77,7 @@ def time_spent(journal: Journal, now_s: float) -> TimeSpent:
     totals = json.loads(journal.meta("totals") or "{}")
     evaluation = min(training, totals.get("evaluation_seconds_total{}", 0.0))
     stall = min(training - evaluation, totals.get("checkpoint_stall_seconds_total{}", 0.0))
-    return TimeSpent(training - evaluation - stall, evaluation, stall, lost, starting, detection, down)
+    return TimeSpent(training - evaluation - stall, evaluation, stall, lost, replay, starting, detection, down)
 
 
 def _first_begin(journal: Journal, attempt: int) -> float | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.drill.checks import Facts, Finding, judge
+from orchestrator.drill.checks import Facts, judge
+from orchestrator.findings import Finding
 from orchestrator.goodput import expected_goodput, interval_s
 from tests.runs import Run, tiny_config
 

@@ -22,8 +22,8 @@ from trainer.contract.paths import RunPaths
 VERBS = (
     ["init"], ["check"], ["launch"], ["resume"], ["status"], ["stop"], ["checkpoint"], ["incidents"], ["checkpoints"],
     *(["checkpoints", verb] for verb in ("list", "verify", "pin", "unpin", "prune", "export")),
-    ["ledger"], ["replay"], ["data", "prepare"], ["schema"], ["doctor"], ["drill"], ["explain"], ["watch"], ["logs"], ["report"],
-    ["incidents", "show"],
+    ["ledger"], ["replay"], ["data", "prepare"], ["schema"], ["doctor"], ["drill"], ["explain"], ["watch"], ["logs"],
+    ["incidents", "show"], ["report"],
 )  # fmt: skip
 
 

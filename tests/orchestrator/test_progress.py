@@ -62,7 +62,7 @@ def test_every_second_is_in_one_bucket(tmp_path: Path) -> None:
     with closing(Journal.read_only(tmp_path / "run.db")) as journal:
         spent = time_spent(journal, now_s=160.0)
     assert spent == TimeSpent(
-        training=62.0, evaluation=6.0, stall=2.0, lost=20.0 + 20.0, starting=10.0 + 5.0 + 9.0 + 3.0,
+        training=62.0, evaluation=6.0, stall=2.0, lost=20.0 + 20.0, replay=9.0, starting=10.0 + 5.0 + 3.0,
         detection=5.0 + 5.0 + 5.0, down=5.0 + 1.0 + 2.0,
     )  # fmt: skip
     assert spent.wall == 160.0
