@@ -1,13 +1,33 @@
-"""The Prometheus endpoint: /metrics of one registry, on loopback unless told otherwise, and nothing else."""
+"""The Prometheus endpoint: /metrics of one run, /healthz and /readyz, on loopback unless told otherwise."""
 
 import threading
+import time
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from monitors.health import Check, checks_of
+from monitors.metrics import Metrics
+
 _READ_TIMEOUT_S = 10.0
+_LINGERS_S = 120.0  # two scrape intervals of the slowest who still wants alerts
+
+
+class _Scrapes:
+    """When the metrics were last asked for."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.again = threading.Condition()
+
+    def note(self) -> None:
+        """Once more."""
+        with self.again:
+            self.count += 1
+            self.again.notify_all()
 
 
 class ExporterError(Exception):
@@ -25,13 +45,15 @@ class ExporterError(Exception):
 class Exporter:
     """Serves until `close`. `port` is the one that was really taken."""
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
         """Listen at once.
 
         Raises:
             ExporterError: the port is in use, or the address is not ours.
         """
-        handler = type("_BoundHandler", (_Handler,), {"registry": registry})
+        self._scrapes = _Scrapes()
+        served = {"registry": metrics.registry, "checks": checks_of(metrics), "scrapes": self._scrapes}
+        handler = type("_BoundHandler", (_Handler,), served)
         try:
             self._server = _Server((host, port), handler)
         except OSError as error:
@@ -45,6 +67,18 @@ class Exporter:
     def url(self) -> str:
         """Where Prometheus finds it."""
         return f"http://{self.host}:{self.port}/metrics"
+
+    @property
+    def scrapes(self) -> int:
+        """How often the metrics were asked for."""
+        return self._scrapes.count
+
+    def linger(self, most_s: float = _LINGERS_S) -> None:
+        """Wait until the metrics have been asked for once more, if anybody ever did: the last state must be seen."""
+        with self._scrapes.again:
+            before = self._scrapes.count
+            if before:
+                self._scrapes.again.wait_for(lambda: self._scrapes.count > before, most_s)
 
     def close(self) -> None:
         """Stop serving."""
@@ -66,18 +100,27 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     registry: CollectorRegistry
+    checks: Mapping[str, Check]
+    scrapes: _Scrapes
     timeout = _READ_TIMEOUT_S
     server_version = "longwatch"
     sys_version = ""
 
     def do_GET(self) -> None:
-        """Serve /metrics; everything else does not exist."""
-        if self.path.partition("?")[0] != "/metrics":
+        """Serve the metrics and the checks; everything else does not exist."""
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            self._answer(200, CONTENT_TYPE_LATEST, generate_latest(self.registry))
+            self.scrapes.note()
+        elif path in self.checks:
+            wrong = self.checks[path](time.time())
+            self._answer(503 if wrong else 200, "text/plain; charset=utf-8", f"{wrong or 'ok'}\n".encode())
+        else:
             self.send_error(404)
-            return
-        body = generate_latest(self.registry)
-        self.send_response(200)
-        self.send_header("Content-Type", CONTENT_TYPE_LATEST)
+
+    def _answer(self, status: int, content_type: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -57,6 +57,7 @@ _SOON_S = 1.0  # at the end of a run, what is due within this is waited for; lat
 _WORKER_ENDS_S = 1.0
 _KEEPERS_END_S = 10.0  # of a supervisor that gives up; an orderly end waits as long as the store may take
 _SETTLES_WITHIN_S = 120.0  # a few GB reach a disk in that; longer, and the run goes on from an older checkpoint
+_HURRIES = ("stopped", "preempted")  # ends that somebody waits for; of the others Prometheus must see the last state
 _LOG = structlog.get_logger(__name__)
 
 
@@ -100,7 +101,8 @@ class Supervisor:
         self._journal = stack.enter_context(closing(Journal.open(paths.database)))
         self._journal.patience = DiskPatience(setup.config.deadlines.orphan_s / 2)
         metrics = Metrics(setup.config.name, setup.config_digest[:12], setup.code_version)
-        self._metrics_url = serve(stack, metrics, setup.config.metrics, paths)
+        self._exporter = serve(stack, metrics, setup.config.metrics, paths)
+        self._metrics_url = self._exporter.url if self._exporter is not None else None
         self._manager = stack.enter_context(ServiceManager())
         self._core, totals = open_engine(self._journal, self._make_core)
         self._telemetry = Telemetry(metrics, setup.config.deadlines)
@@ -367,6 +369,8 @@ class Supervisor:
         self._effects.ended()
         self._commit((), snapshot=True)
         self._ship_the_rest()
+        if self._exporter is not None and self._effects.end.state not in _HURRIES:
+            self._exporter.linger()
         return self._effects.end.exit_code
 
     def _ship_the_rest(self) -> None:

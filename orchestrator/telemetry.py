@@ -93,8 +93,8 @@ class Telemetry:
         )
 
 
-def serve(stack: ExitStack, metrics: Metrics, config: MetricsConfig, paths: RunPaths) -> str | None:
-    """Serve /metrics while the stack holds; returns its URL, None where none is wanted.
+def serve(stack: ExitStack, metrics: Metrics, config: MetricsConfig, paths: RunPaths) -> Exporter | None:
+    """Serve /metrics while the stack holds; None where none are wanted.
 
     A trainer that lives is rather supervised without metrics than not at all.
 
@@ -104,7 +104,7 @@ def serve(stack: ExitStack, metrics: Metrics, config: MetricsConfig, paths: RunP
     if config.port is None:
         return None
     try:
-        return stack.enter_context(Exporter(metrics.registry, config.host, config.port)).url
+        return stack.enter_context(Exporter(metrics, config.host, config.port))
     except ExporterError as error:
         if not is_held(paths.child_lock):
             raise

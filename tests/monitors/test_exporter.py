@@ -2,6 +2,8 @@
 
 import math
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 from itertools import product
@@ -37,7 +39,7 @@ Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def _scrape(metrics: Metrics) -> tuple[str, Series]:
-    with Exporter(metrics.registry, "127.0.0.1", 0) as exporter, urllib.request.urlopen(exporter.url) as response:
+    with Exporter(metrics, "127.0.0.1", 0) as exporter, urllib.request.urlopen(exporter.url) as response:
         assert response.headers["Content-Type"].startswith("text/plain")
         text = response.read().decode()
     series: Series = {}
@@ -226,9 +228,9 @@ def test_the_state_is_one_of_its_values() -> None:
     assert math.isnan(_value(series, "last_good_step"))
 
 
-def test_only_metrics_is_served_and_only_for_reading() -> None:
+def test_nothing_else_is_served_and_only_for_reading() -> None:
     """No other page, no other verb."""
-    with Exporter(Metrics("run").registry, "127.0.0.1", 0) as exporter:
+    with Exporter(Metrics("run"), "127.0.0.1", 0) as exporter:
         base = exporter.url.removesuffix("/metrics")
         for path, method, code in (("/", "GET", 404), ("/metrics/x", "GET", 404), ("/metrics", "POST", 501)):
             request = urllib.request.Request(base + path, method=method)
@@ -247,4 +249,53 @@ def test_a_port_in_use_is_named_with_the_remedy() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ExporterError, match=rf"127\.0\.0\.1:{port}.*metrics\.port"):
-            Exporter(Metrics("run").registry, "127.0.0.1", port)
+            Exporter(Metrics("run"), "127.0.0.1", port)
+
+
+def _told(base: str, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(base + path) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_healthz_and_readyz() -> None:
+    """The supervisor decides; the run trains. Neither is taken for granted at the start."""
+    metrics = Metrics("run")
+    with Exporter(metrics, "127.0.0.1", 0) as exporter:
+        base = exporter.url.removesuffix("/metrics")
+        assert [_told(base, path)[0] for path in ("/healthz", "/readyz")] == [503, 503]
+        metrics.set("supervisor_loop_timestamp_seconds", time.time())
+        assert _told(base, "/healthz") == (200, "ok\n")
+        assert _told(base, "/readyz") == (503, "no trainer lives\n")
+        metrics.set("trainer_up", 1.0)
+        for phase in ("train", "evaluate", "save"):
+            metrics.set("deadline_seconds", 30.0, phase)
+        metrics.set("last_step_timestamp_seconds", time.time() - 100.0)
+        assert _told(base, "/readyz") == (200, "ok\n")
+        metrics.set("last_step_timestamp_seconds", time.time() - 500.0)
+        assert _told(base, "/readyz")[0] == 503
+        assert "no step for" in _told(base, "/readyz")[1]
+        metrics.set("supervisor_loop_timestamp_seconds", time.time() - 300.0)
+        assert _told(base, "/healthz")[0] == 503
+
+
+def test_who_scrapes_sees_the_last_state() -> None:
+    """An exporter that was ever asked waits to be asked once more; one that nobody asks does not."""
+    metrics = Metrics("run")
+    with Exporter(metrics, "127.0.0.1", 0) as exporter:
+        exporter.linger(60.0)
+        urllib.request.urlopen(exporter.url).close()
+        deadline_s = time.monotonic() + 30.0
+        while exporter.scrapes == 0:  # it is counted when the answer is on its way
+            assert time.monotonic() < deadline_s
+        metrics.set("step", 7.0)
+        waiting = threading.Thread(target=exporter.linger, args=(60.0,))
+        waiting.start()
+        assert waiting.is_alive()
+        with urllib.request.urlopen(exporter.url) as response:
+            assert "longwatch_step 7.0" in response.read().decode()
+        waiting.join(30.0)
+        assert not waiting.is_alive()
