@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-long search powercuts chaos soak mutants simulate check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis bench-restart bench-watch
+.PHONY: help setup demo test test-long search powercuts chaos soak mutants simulate check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis bench-restart bench-watch docs-metrics tools
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -24,6 +24,8 @@ help:
 	@echo "make bench-replay-diagnosis  causes named by replays of real runs with seeded faults"
 	@echo "make bench-restart  from a kill to the first new step, beside torchrun"
 	@echo "make bench-watch  what a supervisor takes of processor and memory at 1 to 1,000 records a second"
+	@echo "make docs-metrics  write docs/metrics.md anew from the table of metrics"
+	@echo "make tools   install the servers that some tests want (Prometheus, Slurm, Chromium) from Debian's packages"
 	@echo "make format  put the sources in order"
 	@echo "make clean   remove the environment, caches and the demo's runs"
 
@@ -82,6 +84,13 @@ bench-prevention: setup
 
 bench-replay-diagnosis: setup
 	$(BIN)/python -m benchmarks.replay_diagnosis
+
+docs-metrics: setup
+	$(BIN)/python -m monitors.describe > docs/metrics.md
+
+tools:  # as root; tests that find one missing say so and are skipped
+	apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager chromium slurmctld slurmd slurm-client \
+		slurm-wlm-basic-plugins munge
 
 bench-watch: setup
 	$(BIN)/python -m benchmarks.watch

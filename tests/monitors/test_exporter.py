@@ -7,12 +7,14 @@ import time
 import urllib.error
 import urllib.request
 from itertools import product
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from monitors import metrics as table
+from monitors.describe import page
 from monitors.exporter import Exporter, ExporterError
 from monitors.metrics import TABLE, Metrics, RunGauges
 from monitors.records import (
@@ -299,3 +301,8 @@ def test_who_scrapes_sees_the_last_state() -> None:
             assert "longwatch_step 7.0" in response.read().decode()
         waiting.join(30.0)
         assert not waiting.is_alive()
+
+
+def test_the_page_of_metrics_is_the_table() -> None:
+    """`make docs-metrics` writes it."""
+    assert (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8") == page()
