@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-long search powercuts chaos soak mutants simulate check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis bench-restart bench-watch docs-metrics tools
+.PHONY: help setup demo test test-long search powercuts chaos soak mutants simulate check format clean bench-checkpoint bench-data bench-diagnosis bench-prevention bench-replay-diagnosis bench-restart bench-watch docs-metrics dashboards tools
 
 help:
 	@echo "make setup   make the environment in $(VENV), with longwatch in it"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-restart  from a kill to the first new step, beside torchrun"
 	@echo "make bench-watch  what a supervisor takes of processor and memory at 1 to 1,000 records a second"
 	@echo "make docs-metrics  write docs/metrics.md anew from the table of metrics"
+	@echo "make dashboards  write Grafana's dashboards anew from their table"
 	@echo "make tools   install the servers that some tests want (Prometheus, Slurm, Chromium) from Debian's packages"
 	@echo "make format  put the sources in order"
 	@echo "make clean   remove the environment, caches and the demo's runs"
@@ -87,6 +88,9 @@ bench-replay-diagnosis: setup
 
 docs-metrics: setup
 	$(BIN)/python -m monitors.describe > docs/metrics.md
+
+dashboards: setup
+	$(BIN)/python -m deploy.grafana.build
 
 tools:  # as root; tests that find one missing say so and are skipped
 	apt-get install --yes --no-install-recommends prometheus prometheus-alertmanager chromium slurmctld slurmd slurm-client \

@@ -1,0 +1,1 @@
+"""What runs Longwatch for real: units, manifests, alert rules, dashboards."""
