@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,51 @@ def test_the_configuration_in_the_manifests_is_one(manifests: Path, tmp_path: Pa
     assert {one["name"] for one in container["env"]} == {run.config.store.key_env, run.config.store.secret_env}
     assert str(run.paths.root) in {one["mountPath"] for one in container["volumeMounts"]}
     assert json.dumps(container["args"]) == '["launch", "/config/run.yaml"]'
+
+
+# -- compose ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="compose", scope="module")
+def _compose() -> dict[str, Any]:
+    """The file with its merges resolved."""
+    loaded: dict[str, Any] = YAML(typ="safe", pure=True).load((_COMPOSE / "compose.yaml").read_text())
+    return loaded
+
+
+_COMPOSE = DEPLOY / "compose"
+
+
+def test_the_services_fit_the_specification(compose: dict[str, Any]) -> None:
+    """Of compose files: no unknown key, no wrong type."""
+    specification = pytest.importorskip("compose_spec")
+    specification.ComposeSpecification.model_validate({key: one for key, one in compose.items() if key[:2] != "x-"})
+
+
+def test_the_services_are_pinned_private_and_have_what_they_mount(compose: dict[str, Any]) -> None:
+    """No `latest`, no port beyond loopback, no mount that the repository does not have."""
+    ours = {"run.yaml": "run.example.yaml", "../../data": "."}  # what a user brings
+    for name, service in compose["services"].items():
+        assert "build" in service or re.search(r":v?[0-9.]+$", service["image"]), name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
+        for mount in service.get("volumes", ()):
+            source = mount.partition(":")[0]
+            if source.startswith("."):
+                assert (_COMPOSE / ours.get(source.removeprefix("./"), source)).exists(), mount
+            else:
+                assert source in compose["volumes"], mount
+
+
+def test_the_services_find_each_other(compose: dict[str, Any], tmp_path: Path) -> None:
+    """The run's store and port, and what Prometheus scrapes and Grafana asks, are services and ports of this file."""
+    shutil.copy(_COMPOSE / "run.example.yaml", tmp_path / "run.yaml")
+    run = resolve(tmp_path / "run.yaml", ())
+    assert run.config.store.endpoint_url == "http://store:8333"
+    assert "-s3.port=8333" in compose["services"]["store"]["command"]
+    environment = compose["services"]["run"]["environment"]
+    assert {run.config.store.key_env, run.config.store.secret_env} == set(environment)
+    shutil.copy(_COMPOSE / "prometheus.yml", tmp_path)
+    shutil.copy(DEPLOY / "prometheus" / "longwatch.rules.yml", tmp_path)
+    passes(tool("promtool"), "check", "config", str(tmp_path / "prometheus.yml"))
+    scraped = YAML(typ="safe", pure=True).load((_COMPOSE / "prometheus.yml").read_text())
+    assert scraped["scrape_configs"][0]["static_configs"][0]["targets"] == [f"run:{run.config.metrics.port}"]
