@@ -1,4 +1,4 @@
-"""`python -m deploy.grafana.build`: the dashboards as JSON that Grafana provisions, from the table in panels.py."""
+"""`python -m deploy.grafana.build`: dashboards and alert rules as Grafana provisions them."""
 
 import json
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import BigValueTextMode, ScaleDistribution
 from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, DataSourceRef, Threshold, ThresholdsMode
 
+from deploy.grafana import alerting
 from deploy.grafana.panels import COST, DEEDS, FLEET, HEAD, HEALTH, Panel
 
 HERE = Path(__file__).parent / "dashboards"
@@ -103,3 +104,4 @@ def rendered() -> dict[str, str]:
 if __name__ == "__main__":
     for name, text in rendered().items():
         (HERE / name).write_text(text, encoding="utf-8")
+    alerting.write()

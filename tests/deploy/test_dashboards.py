@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
+from deploy.grafana import alerting
 from monitors.metrics import PREFIX, TABLE
 from tests.deploy.monitoring import Prometheus, prometheus, until
 from tests.deploy.tools import DEPLOY
@@ -94,6 +96,24 @@ def test_queries_parse_over_metrics_that_exist(name: str) -> None:
                     assert value in table[metric].labels[label]
             if "_total" in target["expr"]:
                 assert "$__rate_interval" in target["expr"], panel["title"]
+
+
+def test_managed_alert_rules_are_those_of_prometheus() -> None:
+    """The same names, expressions, delays, labels and words; the file is what is generated."""
+    read = YAML(typ="safe", pure=True)
+    written = read.load(alerting.TARGET.read_text(encoding="utf-8"))
+    assert written == alerting.managed()
+    ours = [rule for group in written["groups"] for rule in group["rules"]]
+    theirs = [rule for group in read.load(alerting.SOURCE.read_text())["groups"] for rule in group["rules"]]
+    assert [
+        (one["title"], one["data"][0]["model"]["expr"], one["for"], one["labels"], one["annotations"]) for one in ours
+    ] == [
+        (one["alert"], f"({one['expr'].strip()}) * 0 + 1", one.get("for", "0s"), one["labels"], one["annotations"])
+        for one in theirs
+    ]
+    parser = pytest.importorskip("promql_parser")
+    for one in ours:
+        parser.parse(one["data"][0]["model"]["expr"])
 
 
 @pytest.mark.long
