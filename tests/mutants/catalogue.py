@@ -152,8 +152,8 @@ SUPERVISOR: tuple[Mutant, ...] = (
     ),
     Mutant(
         "finished is a crash", "a finished run is reported as failed", "orchestrator/policy/attempts.py",
-        "    if event.cause == \"finished\":\n        _end(ctx, \"finished\", 0",
-        "    if False:\n        _end(ctx, \"finished\", 0",
+        "    if event.cause == \"finished\":\n        _end(ctx, \"finished\"",
+        "    if False:\n        _end(ctx, \"finished\"",
         (_ENGINE,),
     ),
     Mutant(
