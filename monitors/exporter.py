@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -14,20 +15,30 @@ from monitors.metrics import Metrics
 
 _READ_TIMEOUT_S = 10.0
 _LINGERS_S = 120.0  # two scrape intervals of the slowest who still wants alerts
+_LATE_S = 1.0
 
 
 class _Scrapes:
-    """When the metrics were last asked for."""
+    """When the metrics were asked for, by CLOCK_MONOTONIC."""
 
     def __init__(self) -> None:
         self.count = 0
         self.again = threading.Condition()
+        self._last: deque[float] = deque(maxlen=2)
 
     def note(self) -> None:
         """Once more."""
         with self.again:
             self.count += 1
+            self._last.append(time.monotonic())
             self.again.notify_all()
+
+    def next_within_s(self) -> float:
+        """How long the next one may take to come, by the last two; 0 if nobody asks regularly, or not any more."""
+        if len(self._last) < 2:
+            return 0.0
+        earlier_s, last_s = self._last
+        return max(0.0, last_s + 2 * (last_s - earlier_s) + _LATE_S - time.monotonic())
 
 
 class ExporterError(Exception):
@@ -74,11 +85,10 @@ class Exporter:
         return self._scrapes.count
 
     def linger(self, most_s: float = _LINGERS_S) -> None:
-        """Wait until the metrics have been asked for once more, if anybody ever did: the last state must be seen."""
+        """Wait until somebody who asks for the metrics regularly has done so once more, and seen the last state."""
         with self._scrapes.again:
-            before = self._scrapes.count
-            if before:
-                self._scrapes.again.wait_for(lambda: self._scrapes.count > before, most_s)
+            before, within_s = self._scrapes.count, min(most_s, self._scrapes.next_within_s())
+            self._scrapes.again.wait_for(lambda: self._scrapes.count > before, within_s)
 
     def close(self) -> None:
         """Stop serving."""

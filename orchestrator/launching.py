@@ -6,7 +6,7 @@ never started from scratch unless that is said.
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -110,11 +110,20 @@ def prepare(
         raise RunHeldError(
             paths.child_lock, "a trainer that still runs: launch without --fresh to take it over, stop it"
         )
-    store = _store(run)
     if take_over and living:
         raise RunHeldError(paths.child_lock, "a trainer that still runs: launch without --take-over to go on with it")
-    if not fresh and not living:
-        _move_here(run, store, take_over, tell)
+    with ExitStack() as stack:
+        store = stack.enter_context(closing(_store(run)))
+        if not fresh and not living:
+            _move_here(run, store, take_over, tell)
+        looked = _look(run, store, living=living, fresh=fresh, resume_because=resume_because)
+        stack.pop_all()  # it is the launch's from now on
+        return looked
+
+
+def _look(run: ResolvedRun, store: Store, *, living: bool, fresh: bool, resume_because: str | None) -> Launch:
+    """The same, once it is known where the run directory is; raises as `prepare`."""
+    paths = run.paths
     past = None if fresh else _past(paths)
     if past is not None and resume_because is None:
         past.refuse_halted(paths)
@@ -285,7 +294,8 @@ def supervise(launch: Launch, on_update: OnUpdate) -> int:
         resume_because=launch.resume_because,
         order=launch.data.order if launch.data is not None else None,
     )
-    return Supervisor(setup, make_engine, lambda update: on_update(update, engines[-1].incidents())).run()
+    with closing(launch.store):
+        return Supervisor(setup, make_engine, lambda update: on_update(update, engines[-1].incidents())).run()
 
 
 def _engine(policy: Policy, config: RunConfig, paths: RunPaths, snapshot: bytes | None) -> Engine:

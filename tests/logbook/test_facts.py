@@ -117,6 +117,13 @@ def test_every_form_tells_of_every_incident(book: Logbook) -> None:
     assert json.loads(rendered(book, "json"))["version"] == 1
 
 
+def test_a_run_whose_incidents_have_no_other_branch_has_a_page(book: Logbook) -> None:
+    """Nothing to overlay is no error."""
+    alone = [one.model_copy(update={"branches": None}) for one in book.incidents]
+    for form in ("md", "html"):
+        assert rendered(book.model_copy(update={"incidents": alone}), "md" if form == "md" else "html")
+
+
 def test_text_from_the_run_can_not_become_markup(book: Logbook) -> None:
     """Names and messages are shown, never obeyed; JSON in the page can't end its element."""
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>|"

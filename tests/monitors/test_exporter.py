@@ -284,15 +284,17 @@ def test_healthz_and_readyz() -> None:
         assert _told(base, "/healthz")[0] == 503
 
 
-def test_who_scrapes_sees_the_last_state() -> None:
-    """An exporter that was ever asked waits to be asked once more; one that nobody asks does not."""
+def test_who_scrapes_sees_the_last_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exporter that is asked regularly waits to be asked once more; one that was asked once does not."""
     metrics = Metrics("run")
     with Exporter(metrics, "127.0.0.1", 0) as exporter:
-        exporter.linger(60.0)
-        urllib.request.urlopen(exporter.url).close()
-        deadline_s = time.monotonic() + 30.0
-        while exporter.scrapes == 0:  # it is counted when the answer is on its way
-            assert time.monotonic() < deadline_s
+        for number, now_s in enumerate((1000.0, 1030.0), start=1):
+            monkeypatch.setattr("monitors.exporter.time.monotonic", lambda now_s=now_s: now_s)
+            exporter.linger(60.0)
+            urllib.request.urlopen(exporter.url).close()
+            deadline_s = time.time() + 30.0
+            while exporter.scrapes < number:  # it is counted when the answer is on its way
+                assert time.time() < deadline_s
         metrics.set("step", 7.0)
         waiting = threading.Thread(target=exporter.linger, args=(60.0,))
         waiting.start()
@@ -301,6 +303,8 @@ def test_who_scrapes_sees_the_last_state() -> None:
             assert "longwatch_step 7.0" in response.read().decode()
         waiting.join(30.0)
         assert not waiting.is_alive()
+        monkeypatch.setattr("monitors.exporter.time.monotonic", lambda: 9000.0)
+        exporter.linger(60.0)  # nobody has asked for long
 
 
 def test_the_page_of_metrics_is_the_table() -> None:

@@ -115,9 +115,14 @@ class ApartBackend:
         return None
 
     def close(self) -> None:
-        """End the process."""
-        with self._lock:
-            self._end(_ENDS_WITHIN_S)
+        """End the process, also in the middle of a call that hangs."""
+        if self._lock.acquire(timeout=_ENDS_WITHIN_S):
+            try:
+                self._end(_ENDS_WITHIN_S)
+            finally:
+                self._lock.release()
+        elif (process := self._process) is not None:
+            process.kill()  # whoever waits for its answer is told so, and reaps it
 
     def _ask(self, call: str, timeout_s: float, data: bytes = b"", **arguments: Any) -> tuple[Any, bytes]:
         with self._lock:
