@@ -137,6 +137,7 @@ def test_bad_shard_is_quarantined_and_no_other(tmp_path: Path, corpus: Path) -> 
     assert len(run.attempts()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("tied_to_data", "verdict"), [(False, "hardware"), (True, "data")])
 def test_sudden_nan_is_told_apart_by_replay(tmp_path: Path, corpus: Path, tied_to_data: bool, verdict: str) -> None:
     """Fires once: replays are healthy, so nothing is skipped. Tied to data: convicted by a control, and skipped."""
@@ -229,6 +230,7 @@ def test_lr_mismatch_restarts_once_then_halts(tmp_path: Path, corpus: Path, once
     assert "restart" in next(i for i in run.incidents() if i["class"] == "lr_mismatch")["decision"]
 
 
+@pytest.mark.long
 def test_lost_optimizer_state_is_a_loss_discontinuity(tmp_path: Path, corpus: Path) -> None:
     """After a resume the same data gives other losses: restarted once, and then it is as it was."""
     faults = [
@@ -255,6 +257,7 @@ def test_planned_change_is_never_rolled_back(tmp_path: Path, corpus: Path) -> No
     assert "unrecovered_spike" not in _classes(run)
 
 
+@pytest.mark.long
 def test_slow_steps_are_a_throughput_drop(tmp_path: Path, corpus: Path) -> None:
     """Slowness is reported and nothing is restarted."""
     faults = [{"kind": "slow", "steps": [120, 200], "factor": 0.15, "once": False}]
@@ -266,6 +269,7 @@ def test_slow_steps_are_a_throughput_drop(tmp_path: Path, corpus: Path) -> None:
     assert len(run.attempts()) == 1
 
 
+@pytest.mark.long
 def test_overfitting_is_a_validation_divergence(tmp_path: Path, corpus: Path) -> None:
     """Training loss falls on data seen many times while held-out loss turns up."""
     small = write_corpus(tmp_path / "small", num_shards=1, seed=99)
@@ -320,6 +324,7 @@ def test_shrunken_weights_are_a_high_update_ratio(tmp_path: Path, corpus: Path) 
     assert incident["decision"] == ["record", "notify"]
 
 
+@pytest.mark.long
 def test_more_and_more_spikes_tied_to_no_shard_are_noticed(tmp_path: Path, corpus: Path) -> None:
     """Garbage in whole batches, three times: notified, never rolled back on the count."""
     faults = [{"kind": "bad_shard", "steps": [step, step + 1], "once": False} for step in (60, 75, 90)]
