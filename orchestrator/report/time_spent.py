@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from monitors.records import StepRecord
 from orchestrator.journal import Journal
 from orchestrator.report.recent import survivors
 
@@ -82,9 +81,9 @@ def time_spent(journal: Journal, now_s: float) -> TimeSpent:
 
 def _first_begin(journal: Journal, attempt: int) -> float | None:
     """When its first step began."""
-    for row in journal.select("SELECT record FROM steps WHERE attempt = ? ORDER BY step LIMIT 1", attempt):
-        record = StepRecord.model_validate_json(row["record"])
-        return record.at_s - (record.step_time_s.total if record.step_time_s is not None else 0.0)
+    for row in journal.select("SELECT at_s, record FROM steps WHERE attempt = ? ORDER BY step LIMIT 1", attempt):
+        parts = json.loads(row["record"]).get("step_time_s") or {}
+        return float(row["at_s"]) - float(sum(parts.values()))
     return None
 
 

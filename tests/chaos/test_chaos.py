@@ -11,6 +11,7 @@ pytestmark = pytest.mark.training
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)  # five seconds a cycle, on a machine that does nothing else
 def test_thirty_cycles(tmp_path: Path) -> None:
     """Whatever dies, stands still or is full: the run goes on, nothing strays, the weights are those of a quiet run."""
     with small_disk(tmp_path, megabytes=96) as disk:
