@@ -95,6 +95,17 @@ def test_every_alert_has_cases_a_runbook_and_words() -> None:
     assert {rule["alert"] for rule in _rules()} == sections
 
 
+def test_alerts_on_counters_and_on_what_is_overdue_have_their_traps() -> None:
+    """A counter is not scraped for a while and goes on; a time is NaN until the thing has happened once."""
+    for rule in _rules():
+        cases = [case for case in CASES if case.alert == rule["alert"].removeprefix("Longwatch")]
+        values = [(case.fires, value) for case in cases for value in case.series.values()]
+        if "increase(" in rule["expr"] or "rate(" in rule["expr"]:
+            assert any("_x" in value for fires, value in values if not fires), rule["alert"]
+        if "timestamp_seconds" in rule["expr"]:
+            assert any("NaN" in value for fires, value in values if fires), rule["alert"]
+
+
 def test_every_metric_and_label_of_the_rules_exists() -> None:
     """A rule over a name that nobody exposes would be silent for ever."""
     table = {PREFIX + metric.name: metric for metric in TABLE}
